@@ -1,0 +1,1 @@
+"""From a `Problem` to differentiable statistics: the op boundary, the one autograd Function, the public verbs."""

@@ -1,0 +1,61 @@
+"""THE autograd Function: statistics of a score matrix as differentiable outputs.
+
+PyTorch's autograd supplies the cotangents of the O(M + N) vectors; the gradient tile G turns them into gradients of
+features, scale and bias. A loss therefore needs no formula for its gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..scores.statistics import Softmax, decode
+from . import ops
+
+__all__ = ["Statistics"]
+
+
+class Statistics(torch.autograd.Function):
+    """`(x, y, scale, bias, target, row_id, col_id, row_targets+col_targets, backend, statistic) -> vectors [L]`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, target: Tensor | None,
+        row_id: Tensor | None, col_id: Tensor | None, targets: Tensor | None, backend: str, epilogue: str, flags: int,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        """Run the statistics op and finish its state."""
+        state = ops.statistics(x, y, scale, bias, target, row_id, col_id, backend, epilogue, flags)
+        ctx.save_for_backward(x, y, scale, bias, target, row_id, col_id, targets, state)
+        ctx.value = backend, epilogue, flags
+        return decode(epilogue, flags).finish(state, targets)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, y, scale and bias; what needs none costs none."""
+        x, y, scale, bias, target, row_id, col_id, targets, state = ctx.saved_tensors
+        need_x, need_y, need_scale, need_bias = ctx.needs_input_grad[:4]
+        backend, epilogue, flags = ctx.value
+        statistic: Softmax = decode(epilogue, flags)
+        need_sums = need_scale or (need_bias and not statistic.shift_invariant)
+        d_scale = d_bias = None
+        d_x = d_y = None
+        if need_x or need_y or need_sums:
+            operands = statistic.gradient_operands(state, targets, cotangents)
+            # G in units of the largest cotangent: |G| <= 1 per direction, so that half precision neither
+            # underflows with the batch size nor overflows with a loss scaler
+            unit = cotangents[0].abs().amax() if operands.shape[1] else scale.new_ones(())
+            unit = torch.where((unit > 0) & unit.isfinite(), unit, 1.0)
+            operands[1:] /= unit
+            d_x, d_y, sums = ops.gradient(
+                x, y, scale, bias, target, row_id, col_id, operands, unit, backend, epilogue, flags,
+                need_x, need_y, need_sums,
+            )  # fmt: skip
+            d_scale = sums[0] if need_scale else None
+            d_bias = sums[1] if need_bias and not statistic.shift_invariant else None
+        if need_bias and statistic.shift_invariant:
+            d_bias = torch.zeros_like(scale)
+        return (d_x if need_x else None, d_y if need_y else None, d_scale, d_bias, *(None,) * 7)

@@ -1,0 +1,6 @@
+"""One file a loss: equation, typed function, oracle, registration."""
+
+from ._spec import LossSpec, registry
+from .clip import clip_loss
+
+__all__ = ["LossSpec", "clip_loss", "registry"]

@@ -1,0 +1,175 @@
+"""InfoNCE with learnable temperature, symmetric over images and texts.
+
+    s_ij = logit_scale * <image_i, text_j> + logit_bias
+    l^image_i = LSE_{j in V_i} s_ij - (1 - eps) s_i,pos - eps mean_{j in V_i} s_ij     l^text_j likewise over i
+    L = ( sum_i w_i l^image_i / sum_i w_i + sum_j v_j l^text_j / sum_j v_j ) / 2
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..engine import tile
+from ..scores import check
+from ..scores.problem import Problem
+from ._reduce import DIRECTIONS, REDUCTIONS, combine
+from ._spec import LossSpec, register
+
+__all__ = ["clip_loss"]
+
+
+def clip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None = None,
+    *,
+    labels: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    image_ids: Tensor | None = None,
+    text_ids: Tensor | None = None,
+    image_weights: Tensor | None = None,
+    text_weights: Tensor | None = None,
+    directions: Literal["both", "image", "text"] = "both",
+    normalize: bool = False,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    group: None = None,
+    check_finite: bool = False,
+) -> Tensor:
+    """Contrastive loss of CLIP (InfoNCE in both directions) without the M x N score matrix.
+
+    Args:
+        image_features: `[M, D]`, fp64, fp32, bf16 or fp16; L2-normalised by the caller, or `normalize=True`.
+            Under autocast they are cast to its dtype, as a matmul's operands are.
+        text_features: `[N, D]`, same dtype and device.
+        logit_scale: multiplicative inverse temperature alpha > 0 (`exp` of CLIP's parameter), a number or a tensor
+            of shape `[]` or `[1]`, differentiable.
+        logit_bias: added to every score; cancels in this loss (its gradient is exactly 0). Number or tensor.
+        labels: int `[M]`, the text of each image, -1 for none; None pairs image i with text i (M = N). A text
+            with several images takes the mean over them; one with none is dropped from the text direction.
+        label_smoothing: eps in [0, 1), mass spread evenly over the valid candidates.
+        image_ids, text_ids: int `[M]`, `[N]`. An equal id marks a false negative: the entry leaves the candidates
+            unless it is the target. -1 takes a sample out altogether. One of them alone serves both (M = N).
+        image_weights, text_weights: `[M]`, `[N]`, weight of each anchor in its direction's mean; a weight of 0
+            removes the anchor, not the negative.
+        directions: "both", "image" (each image chooses among the texts) or "text".
+        normalize: L2-normalise the features first (differentiably).
+        reduction: "mean" (weighted mean of each direction, then their mean), "sum", or "none" (`[M]`; `[N]` for
+            directions="text"; both directions need M = N).
+        group: must be None; the loss over a process group is not part of this version.
+        check_finite: raise on NaN or infinity in the features, naming the row (synchronises on a GPU).
+
+    Returns:
+        fp32 scalar (fp64 for fp64 features), or per-sample losses for reduction="none". Differentiable in features,
+        scale, bias and weights; empty batches give 0.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, shape, dtype, device or range, named.
+
+    Source: Radford et al. 2021 (CLIP), figure 3; van den Oord et al. 2018 (InfoNCE), equation 4.
+    """
+    check.choice("directions", directions, DIRECTIONS)
+    check.choice("reduction", reduction, REDUCTIONS)
+    eps = check.number("label_smoothing", label_smoothing, low=0.0, below=1.0)
+    if group is not None:
+        raise ValueError(f"group: got {type(group).__name__}, wanted None (one process; gather the features yourself)")
+    if normalize:
+        check.features("image_features", image_features)
+        check.features("text_features", text_features)
+        image_features, text_features = F.normalize(image_features, dim=1), F.normalize(text_features, dim=1)
+    problem = Problem.of(
+        image_features, text_features, logit_scale, logit_bias,
+        labels=labels, image_ids=image_ids, text_ids=text_ids, check_finite=check_finite,
+    )  # fmt: skip
+    m, n = problem.x.shape[0], problem.y.shape[0]
+    if reduction == "none" and directions == "both" and m != n:
+        raise ValueError(f"reduction: got 'none' for {m} images and {n} texts, wanted one direction, or M = N")
+    weights = [
+        None if w is None else check.vector(name, w, size, problem.x, problem.scale.dtype)
+        for name, w, size in (("image_weights", image_weights, m), ("text_weights", text_weights, n))
+    ]
+    images, texts = directions != "text", directions != "image"
+    t = tile.softmax(problem, rows=images, cols=texts, gap=eps > 0)
+    parts = []
+    if t.row_nll is not None:
+        parts.append((t.row_nll if t.row_gap is None else t.row_nll + eps * t.row_gap, weights[0], t.row_targets))
+    if t.col_nll is not None:
+        parts.append((t.col_nll if t.col_gap is None else t.col_nll + eps * t.col_gap, weights[1], t.col_targets))
+    return combine(parts, reduction)
+
+
+def _oracle(
+    image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float, logit_bias: Tensor | float | None = None,
+    *, labels: Tensor | None = None, label_smoothing: float = 0.0, image_ids: Tensor | None = None,
+    text_ids: Tensor | None = None, image_weights: Tensor | None = None, text_weights: Tensor | None = None,
+    directions: str = "both", normalize: bool = False, reduction: str = "mean",
+) -> Tensor:  # fmt: skip
+    """The equation on the dense score matrix, row by row as it is written."""
+    if normalize:
+        image_features, text_features = F.normalize(image_features, dim=1), F.normalize(text_features, dim=1)
+    s = logit_scale * image_features @ text_features.T + (0.0 if logit_bias is None else logit_bias)
+    m, n = s.shape
+    row_id = image_ids if image_ids is not None else text_ids
+    col_id = text_ids if text_ids is not None else image_ids
+    target = torch.arange(m, device=s.device) if labels is None else labels
+    y = target[:, None] == torch.arange(n, device=s.device)
+    live = torch.ones_like(y)
+    if row_id is not None and col_id is not None:
+        present = (row_id != -1)[:, None] & (col_id != -1)[None, :]
+        y, live = y & present, present & (y | (row_id[:, None] != col_id[None, :]))
+    results = []
+    for s_, y_, live_, w, wanted in (
+        (s, y, live, image_weights, directions != "text"),
+        (s.T, y.T, live.T, text_weights, directions != "image"),
+    ):
+        if not wanted:
+            continue
+        w = s_.new_ones(s_.shape[0]) if w is None else w.to(s_.dtype)
+        losses = []
+        for i in range(s_.shape[0]):
+            z, pos = s_[i][live_[i]], s_[i][y_[i]]
+            if len(pos):
+                log_p_mean = (1 - label_smoothing) * pos.mean() + label_smoothing * z.mean()
+                losses.append(w[i] * (torch.logsumexp(z, 0) - log_p_mean))
+            else:
+                losses.append(s_[i].sum() * 0)
+        total = torch.stack(losses) if losses else s_.sum(1)
+        mass = (w * y_.any(1)).sum()
+        mean = total.sum() / torch.where(mass == 0, 1.0, mass)
+        results.append({"none": total, "sum": total.sum(), "mean": mean}[reduction])
+    return results[0] if len(results) == 1 else (results[0] + results[1]) / 2
+
+
+def _ids(m: int, n: int, device: torch.device, g: torch.Generator) -> Tensor:
+    ids = torch.randint(0, max(m // 2, 1), (m,), generator=g)
+    ids[torch.rand(m, generator=g) < 0.1] = -1
+    return ids.to(device)
+
+
+def _weights(m: int, n: int, device: torch.device, g: torch.Generator) -> Tensor:
+    return torch.rand(m, generator=g).mul(2).masked_fill(torch.rand(m, generator=g) < 0.2, 0.0).to(device)
+
+
+SPEC = register(
+    LossSpec(
+        function=clip_loss,
+        oracle=_oracle,
+        equation="½ mean_i [LSE_j s_ij − s_ii] + ½ mean_j [LSE_i s_ij − s_jj]",
+        paper="Radford et al. 2021, figure 3",
+        variants=(
+            {},
+            {"label_smoothing": 0.1},
+            {"image_ids": _ids},
+            {"image_ids": _ids, "label_smoothing": 0.2, "image_weights": _weights, "text_weights": _weights},
+            {"directions": "image"},
+            {"directions": "text", "label_smoothing": 0.1},
+            {"reduction": "sum", "image_weights": _weights},
+            {"reduction": "none", "text_ids": _ids},
+            {"normalize": True},
+        ),
+    )
+)

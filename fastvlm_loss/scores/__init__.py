@@ -1,0 +1,1 @@
+"""A score matrix as a value (`problem`), and what can be asked of it (`statistics`)."""

@@ -1,0 +1,108 @@
+"""Argument checks: every error names the argument, what it got and what was wanted, before any work is done."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["choice", "features", "finite", "integers", "number", "scalar", "vector"]
+
+
+def _got(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)}"
+    return f"{type(value).__name__} {value!r}" if not isinstance(value, type) else repr(value)
+
+
+def features(name: str, value: object, like: tuple[str, Tensor] | None = None) -> Tensor:
+    """A floating `[rows, D]` tensor; `like` names another one whose D, dtype and device it must share."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {_got(value)}, wanted a floating tensor of shape [rows, D]")
+    if not value.is_floating_point():
+        raise TypeError(f"{name}: got {_got(value)}, wanted a floating dtype")
+    if value.dim() != 2 or value.shape[1] == 0:
+        raise ValueError(f"{name}: got {_got(value)}, wanted shape [rows, D] with D >= 1")
+    if like is not None:
+        other, base = like
+        if value.shape[1] != base.shape[1]:
+            raise ValueError(f"{name}: got {_got(value)}, wanted D = {base.shape[1]} as in {other}")
+        if value.dtype != base.dtype:
+            raise TypeError(f"{name}: got {_got(value)}, wanted {base.dtype} as in {other}")
+        if value.device != base.device:
+            raise ValueError(f"{name}: got a tensor on {value.device}, wanted {base.device} as in {other}")
+    return value
+
+
+def scalar(name: str, value: object, like: Tensor, dtype: torch.dtype, positive: bool = False) -> Tensor:
+    """A number or a one-element tensor as a `[]` tensor of `dtype` beside `like`, differentiable."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or not value.is_floating_point():
+            raise ValueError(f"{name}: got {_got(value)}, wanted a floating tensor of shape [] or [1]")
+        if value.device != like.device and value.device.type != "cpu":
+            raise ValueError(f"{name}: got a tensor on {value.device}, wanted {like.device} or cpu")
+        if value.dim():
+            value = value.reshape(())
+        return value if value.dtype == dtype and value.device == like.device else value.to(like.device, dtype)
+    number(name, value, above=0.0 if positive else None)
+    return torch.full((), float(value), dtype=dtype, device=like.device)  # type: ignore[arg-type]
+
+
+def number(
+    name: str, value: object, above: float | None = None, low: float | None = None, below: float | None = None
+) -> float:
+    """A finite Python number, optionally `> above`, `>= low`, `< below`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: got {_got(value)}, wanted a number")
+    wanted = []
+    if above is not None:
+        wanted.append(f"> {above:g}")
+    if low is not None:
+        wanted.append(f">= {low:g}")
+    if below is not None:
+        wanted.append(f"< {below:g}")
+    outside = (
+        (above is not None and not value > above)
+        or (low is not None and not value >= low)
+        or (below is not None and not value < below)
+    )
+    if outside or not math.isfinite(value):
+        raise ValueError(f"{name}: got {value!r}, wanted a finite number {' and '.join(wanted)}".rstrip())
+    return float(value)
+
+
+def choice(name: str, value: object, among: tuple[str, ...]) -> str:
+    """One of the strings `among`."""
+    if not isinstance(value, str) or value not in among:
+        raise ValueError(f"{name}: got {value!r}, wanted one of {', '.join(map(repr, among))}")
+    return value
+
+
+def vector(name: str, value: object, length: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A floating `[length]` tensor beside `like`, cast to `dtype`, differentiable."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise TypeError(f"{name}: got {_got(value)}, wanted a floating tensor of shape [{length}]")
+    return _sized(name, value, length, like).to(dtype or value.dtype)
+
+
+def integers(name: str, value: object, length: int, like: Tensor) -> Tensor:
+    """An integer `[length]` tensor beside `like`, as contiguous int64."""
+    if not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"{name}: got {_got(value)}, wanted an integer tensor of shape [{length}]")
+    return _sized(name, value, length, like).to(torch.int64).contiguous()
+
+
+def _sized(name: str, value: Tensor, length: int, like: Tensor) -> Tensor:
+    if value.dim() != 1 or value.shape[0] != length:
+        raise ValueError(f"{name}: got {_got(value)}, wanted shape [{length}]")
+    if value.device != like.device:
+        raise ValueError(f"{name}: got a tensor on {value.device}, wanted {like.device}")
+    return value
+
+
+def finite(name: str, value: Tensor) -> None:
+    """Raise with the first row that holds NaN or infinity (reads the tensor: synchronises on a GPU)."""
+    bad = ~value.detach().isfinite().reshape(value.shape[0] if value.dim() else 1, -1).all(dim=1)
+    if bool(bad.any()):
+        raise ValueError(f"{name}: got NaN or infinity in row {int(bad.int().argmax())}, wanted finite values")

@@ -1,0 +1,132 @@
+"""`Problem`: a score matrix s_ij = scale * <x_i, y_j> + bias as a value that is never stored.
+
+The one place for validation, dtype, autocast and contiguity. Everything below it may rely on what is checked here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import check
+
+__all__ = ["Problem", "statistics_dtype"]
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Statistics, accumulators and losses are fp32; fp64 features keep fp64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Features, scale, bias, targets and ids of one score matrix, checked and ready for a backend.
+
+    Attributes:
+        x: image features `[M, D]`, contiguous, in the dtype the products run in.
+        y: text features `[N, D]`, likewise.
+        scale: multiplicative alpha `[]`, fp32 (fp64 for fp64 features), with gradient.
+        bias: additive bias `[]` or None, likewise.
+        target: column of each row's positive `[M]` int64, -1 for none; None means row i has column i.
+        row_id, col_id: int64 `[M]` and `[N]`, or None. Equal ids leave the candidates unless they are the
+            target; -1 is never a candidate.
+    """
+
+    x: Tensor
+    y: Tensor
+    scale: Tensor
+    bias: Tensor | None = None
+    target: Tensor | None = None
+    row_id: Tensor | None = None
+    col_id: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+        *,
+        labels: Tensor | None = None,
+        image_ids: Tensor | None = None,
+        text_ids: Tensor | None = None,
+        check_finite: bool = False,
+    ) -> Problem:
+        """Check the public arguments and bring them to the engine's form."""
+        x = _autocast(check.features("image_features", image_features))
+        y = _autocast(check.features("text_features", text_features))
+        check.features("text_features", y, like=("image_features", x))
+        dtype = statistics_dtype(x.dtype)
+        scale = check.scalar("logit_scale", logit_scale, x, dtype, positive=True)
+        bias = None if logit_bias is None else check.scalar("logit_bias", logit_bias, x, dtype)
+        target = _target(labels, x, y, check_finite)
+        row_id, col_id = _ids(image_ids, text_ids, x, y)
+        if row_id is not None and col_id is not None:
+            target = _without_invalid(target, row_id, col_id)
+        if check_finite:
+            check.finite("image_features", x)
+            check.finite("text_features", y)
+            check.finite("logit_scale", scale)
+        return cls(x.contiguous(), y.contiguous(), scale, bias, target, row_id, col_id)
+
+    def targets(self) -> tuple[Tensor | None, Tensor | None]:
+        """How many targets each row `[M]` and column `[N]` has, or None where each has exactly one."""
+        if self.target is None:
+            return None, None
+        rows = (self.target >= 0).to(self.scale.dtype)
+        cols = rows.new_zeros(self.y.shape[0])
+        return rows, cols.index_add(0, self.target.clamp(min=0), rows) if cols.shape[0] else cols
+
+
+def _autocast(features: Tensor) -> Tensor:
+    # features follow autocast as the operands of any matmul do; the statistics stay fp32
+    kind = features.device.type
+    if torch.is_autocast_enabled(kind) and features.dtype != torch.float64:
+        return features.to(torch.get_autocast_dtype(kind))
+    return features
+
+
+def _target(labels: Tensor | None, x: Tensor, y: Tensor, check_values: bool) -> Tensor | None:
+    m, n = x.shape[0], y.shape[0]
+    if labels is None:
+        if m != n:
+            raise ValueError(f"labels: got None for {m} image and {n} text features, wanted the text of each image [{m}]")
+        return None
+    target = check.integers("labels", labels, m, x)
+    inside = ((target >= -1) & (target < n)).all() if m else None
+    wanted = f"wanted text indices in [0, {n}), or -1 for an image without text"
+    if inside is None:
+        return target
+    if torch.compiler.is_compiling() or (target.is_cuda and not check_values):
+        torch._assert_async(inside, f"labels: out of range, {wanted}")  # no synchronisation
+    elif not bool(inside):
+        bad = int(((target < -1) | (target >= n)).int().argmax())
+        raise ValueError(f"labels: got {int(target[bad])} at index {bad}, {wanted}")
+    return target
+
+
+def _ids(
+    image_ids: Tensor | None, text_ids: Tensor | None, x: Tensor, y: Tensor
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    if image_ids is None and text_ids is None:
+        return None, None
+    m, n = x.shape[0], y.shape[0]
+    if image_ids is None or text_ids is None:
+        missing = "image_ids" if image_ids is None else "text_ids"
+        if m != n:
+            raise ValueError(f"{missing}: got None for {m} image and {n} text features, wanted ids of both")
+        image_ids = text_ids = text_ids if image_ids is None else image_ids
+    return check.integers("image_ids", image_ids, m, x), check.integers("text_ids", text_ids, n, x)
+
+
+def _without_invalid(target: Tensor | None, row_id: Tensor, col_id: Tensor) -> Tensor:
+    # an id of -1 is no candidate, so it is nobody's positive and has none
+    if target is None:
+        target = torch.arange(row_id.shape[0], device=row_id.device)
+    if not col_id.shape[0]:
+        return target
+    invalid = (row_id == -1) | (col_id[target.clamp(min=0)] == -1)
+    return target.masked_fill(invalid, -1)

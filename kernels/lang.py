@@ -1,0 +1,54 @@
+"""The kernels' language: Triton where it is installed, and a PyTorch stand-in that runs the same tile functions.
+
+The only file that knows Triton may be absent. A tile function is written once against `tl`; `jit` hands it to Triton,
+`as_torch` rebuilds it with `tl` bound to PyTorch, for any dtype (fp64 included) and any device.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+__all__ = ["HAS_TRITON", "as_torch", "jit", "tl"]
+
+_stand_in = types.SimpleNamespace(
+    constexpr=object,
+    exp=torch.exp,
+    log=torch.log,
+    where=torch.where,
+    maximum=torch.maximum,
+    expand_dims=torch.unsqueeze,
+    max=lambda x, axis: x.amax(axis),
+    sum=lambda x, axis: x.sum(axis),
+)
+
+try:
+    import triton
+    import triton.language as tl
+
+    jit = triton.jit
+    HAS_TRITON = True
+except ImportError:
+    tl = _stand_in
+
+    def jit(function: Callable[..., Any]) -> Any:
+        """Without Triton a tile function only carries its source, for `as_torch`."""
+        return types.SimpleNamespace(fn=function)
+
+    HAS_TRITON = False
+
+
+@functools.cache
+def as_torch(tile_function: Any) -> Callable[..., Any]:
+    """The same tile function over PyTorch tensors; the tile functions it calls are rebuilt with it."""
+    source = tile_function.fn
+    scope = dict(source.__globals__, tl=_stand_in)
+    for name in source.__code__.co_names:
+        called = source.__globals__.get(name)
+        if called is not tile_function and callable(getattr(called, "fn", None)):
+            scope[name] = as_torch(called)
+    return types.FunctionType(source.__code__, scope, source.__name__)
