@@ -1,0 +1,60 @@
+// The torch-free core: what one instruction set offers. Compiled once per instruction set, chosen at run time.
+#pragma once
+#include <cstdint>
+
+namespace fastvlm {
+
+enum class Type : int { f32, bf16 };
+
+// Products of packed panels. A packed operand of `rows` x `k` is ceil(rows / width) panels; a panel holds, for every
+// step of k (for bf16: every pair of steps), `width` values side by side, zero-padded. Left operands have width mr,
+// right operands nr.
+struct Products {
+  Type compute;  // what panels and gradient tiles are stored as
+  int mr, nr;
+  // Element (r, k) of the source is src[r * row_stride + k * k_stride] of `type`.
+  void (*pack)(const void* src, Type type, int64_t row_stride, int64_t k_stride, int64_t rows, int64_t k, int width,
+               void* panels);
+  // C [rows, cols], row stride ld, (+)= A B over k; a_panel and b_panel are the panels' strides in elements.
+  void (*multiply)(const void* a, int64_t a_panel, const void* b, int64_t b_panel, int64_t k, float* c, int64_t ld,
+                   int64_t rows, int64_t cols, bool accumulate);
+};
+
+// One tile of raw products, what turns it into scores, and which entries are targets or no candidates.
+struct Tile {
+  float* products;            // [rows, ld]; columns up to `padded` (a multiple of nr) may be read and written
+  int64_t ld, rows, cols, padded;
+  float scale, bias;
+  const int64_t* target;      // of each row, counted from the tile's first column; may lie outside
+  const int64_t* row_id;      // null: every entry is a candidate
+  const int64_t* col_id;
+};
+
+enum Flags : int64_t { kRows = 1, kCols = 2, kGap = 4 };
+constexpr int kMaxFields = 5;  // m, l, p, t, n
+
+struct Sums {
+  double gc = 0, g = 0;  // of G times the raw product, and of G
+};
+
+// The softmax epilogue: same names and meaning as kernels/epilogues/softmax.py.
+struct Softmax {
+  // State of the tile along both axes: row[f][i], col[f][j]; col vectors are `padded` long. Scores replace products.
+  void (*partial)(const Tile& t, int64_t flags, float* const* row, float* const* col);
+  // into[f][i] = merge(into, from) for n values; both may be read and written up to a multiple of 16.
+  void (*merge)(float* const* into, float* const* from, int64_t n, bool gap);
+  // G replaces the products and goes to `g` (compute type, row stride g_ld). Operands as in the Python epilogue.
+  void (*gradient)(const Tile& t, int64_t flags, const float* const* row, const float* const* col, Type compute,
+                   void* g, int64_t g_ld, Sums* sums);
+};
+
+struct Core {
+  const char* name;
+  const Products* f32;
+  const Products* bf16;  // null: bf16 features are widened while packing
+  const Softmax* softmax;
+};
+
+const Core& core();  // the best one this CPU runs; FASTVLM_LOSS_CPU_ISA=base|avx2|avx512|avx512+bf16 may only lower it
+
+}  // namespace fastvlm

@@ -1,0 +1,112 @@
+// Registers the operators on torch's stable ABI: one build serves torch 2.11 and later. Internal: fastvlm_loss checks
+// the public arguments; here only what would read out of bounds is refused.
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "plan.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Optional = std::optional<Tensor>;
+
+const int64_t* ids(const char* name, const Optional& t, int64_t length) {
+  if (!t) return nullptr;
+  STD_TORCH_CHECK(t->scalar_type() == ScalarType::Long && t->numel() == length && t->is_contiguous(), name,
+                  ": wanted a contiguous int64 tensor of ", length, " values");
+  return static_cast<const int64_t*>(t->const_data_ptr());
+}
+
+float number(const char* name, const Tensor& t) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.numel() == 1, name, ": wanted one float32 value");
+  return *static_cast<const float*>(t.const_data_ptr());
+}
+
+fastvlm::Problem problem(const Tensor& x, const Tensor& y, const Tensor& scale, const Optional& bias,
+                         const Optional& target, const Optional& row_id, const Optional& col_id) {
+  const ScalarType dtype = x.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "x: wanted float32 or bfloat16");
+  STD_TORCH_CHECK(x.dim() == 2 && y.dim() == 2 && x.size(1) == y.size(1) && y.scalar_type() == dtype &&
+                      x.is_contiguous() && y.is_contiguous(),
+                  "x, y: wanted contiguous [M, D] and [N, D] of one dtype");
+  STD_TORCH_CHECK(row_id.has_value() == col_id.has_value(), "row_id, col_id: wanted both or neither");
+  fastvlm::Problem p{};
+  p.x = x.const_data_ptr(), p.y = y.const_data_ptr();
+  p.type = dtype == ScalarType::Float ? fastvlm::Type::f32 : fastvlm::Type::bf16;
+  p.m = x.size(0), p.n = y.size(0), p.d = x.size(1);
+  p.scale = number("scale", scale), p.bias = bias ? number("bias", *bias) : 0.f;
+  p.target = ids("target", target, p.m);
+  p.row_id = ids("row_id", row_id, p.m);
+  p.col_id = ids("col_id", col_id, p.n);
+  return p;
+}
+
+int64_t length(const fastvlm::Problem& p, int64_t flags) {
+  return (flags & fastvlm::kRows ? p.m : 0) + (flags & fastvlm::kCols ? p.n : 0);
+}
+
+Tensor softmax_statistics(const Tensor& x, const Tensor& y, const Tensor& scale, const Optional& bias,
+                          const Optional& target, const Optional& row_id, const Optional& col_id, int64_t flags) {
+  const auto p = problem(x, y, scale, bias, target, row_id, col_id);
+  const int64_t fields = flags & fastvlm::kGap ? 5 : 3;
+  Tensor state = torch::stable::new_empty(scale, {fields, length(p, flags)});
+  fastvlm::softmax_statistics(p, flags, static_cast<float*>(state.mutable_data_ptr()));
+  return state;
+}
+
+std::tuple<Tensor, Tensor, Tensor> softmax_gradient(const Tensor& x, const Tensor& y, const Tensor& scale,
+                                                    const Optional& bias, const Optional& target,
+                                                    const Optional& row_id, const Optional& col_id,
+                                                    const Tensor& operands, const Tensor& unit, int64_t flags,
+                                                    bool need_x, bool need_y, bool need_sums) {
+  const auto p = problem(x, y, scale, bias, target, row_id, col_id);
+  STD_TORCH_CHECK(operands.scalar_type() == ScalarType::Float && operands.is_contiguous() &&
+                      operands.numel() == (flags & fastvlm::kGap ? 4 : 3) * length(p, flags),
+                  "operands: wanted contiguous float32 [3 or 4, L]");
+  Tensor dx = torch::stable::new_empty(x, need_x ? std::initializer_list<int64_t>{p.m, p.d} : std::initializer_list<int64_t>{0});
+  Tensor dy = torch::stable::new_empty(y, need_y ? std::initializer_list<int64_t>{p.n, p.d} : std::initializer_list<int64_t>{0});
+  Tensor sums = torch::stable::new_empty(scale, {2});
+  fastvlm::softmax_gradient(p, flags, static_cast<const float*>(operands.const_data_ptr()), number("unit", unit),
+                            need_x ? dx.mutable_data_ptr() : nullptr, need_y ? dy.mutable_data_ptr() : nullptr,
+                            static_cast<float*>(sums.mutable_data_ptr()));
+  (void)need_sums;  // they come with the tiles
+  return {dx, dy, sums};
+}
+
+std::string instruction_set() { return fastvlm::core().name; }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(fastvlm_loss_cpp, m) {
+  m.def(
+      "softmax_statistics(Tensor x, Tensor y, Tensor scale, Tensor? bias, Tensor? target, Tensor? row_id, "
+      "Tensor? col_id, int flags) -> Tensor");
+  m.def(
+      "softmax_gradient(Tensor x, Tensor y, Tensor scale, Tensor? bias, Tensor? target, Tensor? row_id, "
+      "Tensor? col_id, Tensor operands, Tensor unit, int flags, bool need_x, bool need_y, bool need_sums) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def("instruction_set() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastvlm_loss_cpp, CPU, m) {
+  m.impl("softmax_statistics", TORCH_BOX(&softmax_statistics));
+  m.impl("softmax_gradient", TORCH_BOX(&softmax_gradient));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastvlm_loss_cpp, CompositeExplicitAutograd, m) {
+  m.impl("instruction_set", TORCH_BOX(&instruction_set));
+}
+
+PyMODINIT_FUNC PyInit__C(void) {
+  static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
+  return PyModule_Create(&module);
+}

@@ -1,0 +1,25 @@
+// The macro-tile plan: which products and epilogues run over which part of the score matrix, in parallel.
+#pragma once
+#include "core.h"
+
+namespace fastvlm {
+
+struct Problem {
+  const void* x;  // [m, d]
+  const void* y;  // [n, d]
+  Type type;
+  int64_t m, n, d;
+  float scale, bias;
+  const int64_t* target;  // null: row i has column i
+  const int64_t* row_id;  // null: no ids
+  const int64_t* col_id;
+};
+
+// state [fields, L]: rows first if kRows, then columns if kCols.
+void softmax_statistics(const Problem& p, int64_t flags, float* state);
+
+// operands [3 or 4, L] as the state. dx, dy in the features' type, null where not needed; sums [2], null likewise.
+void softmax_gradient(const Problem& p, int64_t flags, const float* operands, float unit, void* dx, void* dy,
+                      float* sums);
+
+}  // namespace fastvlm
