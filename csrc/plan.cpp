@@ -204,6 +204,12 @@ void softmax_statistics(const Problem& p, int64_t flags, float* state) {
 
 void softmax_gradient(const Problem& p, int64_t flags, const float* operands, float unit, void* dx, void* dy,
                       float* sums) {
+  if (!p.m || !p.n) {
+    if (dx) std::memset(dx, 0, p.m * p.d * Pack::bytes(p.type));
+    if (dy) std::memset(dy, 0, p.n * p.d * Pack::bytes(p.type));
+    if (sums) sums[0] = sums[1] = 0.f;
+    return;
+  }
   Plan plan{p, flags};
   const Softmax& epilogue = *core().softmax;
   const int vectors = flags & kGap ? 4 : 3;

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..scores.statistics import Softmax, decode
 from . import ops
@@ -33,9 +32,17 @@ class Statistics(torch.autograd.Function):
         return decode(epilogue, flags).finish(state, targets)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, y, scale and bias; what needs none costs none."""
+        with torch.no_grad():
+            found = Statistics._gradients(ctx, *cotangents)
+        if torch.is_grad_enabled():  # create_graph=True: a second derivative must fail, not be silently 0
+            anchor = next(t for t, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False) if needed)
+            found = [None if g is None else _Once.apply(g, anchor) for g in found]
+        return (*found, *(None,) * 7)
+
+    @staticmethod
+    def _gradients(ctx: Any, *cotangents: Tensor) -> list[Tensor | None]:
         x, y, scale, bias, target, row_id, col_id, targets, state = ctx.saved_tensors
         need_x, need_y, need_scale, need_bias = ctx.needs_input_grad[:4]
         backend, epilogue, flags = ctx.value
@@ -58,4 +65,16 @@ class Statistics(torch.autograd.Function):
             d_bias = sums[1] if need_bias and not statistic.shift_invariant else None
         if need_bias and statistic.shift_invariant:
             d_bias = torch.zeros_like(scale)
-        return (d_x if need_x else None, d_y if need_y else None, d_scale, d_bias, *(None,) * 7)
+        return [d_x if need_x else None, d_y if need_y else None, d_scale, d_bias]
+
+
+class _Once(torch.autograd.Function):
+    """Identity of a gradient that cannot be differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, anchor: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, Tensor]:
+        raise RuntimeError("fastvlm_loss: no second derivatives; compute this loss under fastvlm_loss.backend('dense')")

@@ -78,9 +78,7 @@ def clip_loss(
     if group is not None:
         raise ValueError(f"group: got {type(group).__name__}, wanted None (one process; gather the features yourself)")
     if normalize:
-        check.features("image_features", image_features)
-        check.features("text_features", text_features)
-        image_features, text_features = F.normalize(image_features, dim=1), F.normalize(text_features, dim=1)
+        image_features, text_features = _unit("image_features", image_features), _unit("text_features", text_features)
     problem = Problem.of(
         image_features, text_features, logit_scale, logit_bias,
         labels=labels, image_ids=image_ids, text_ids=text_ids, check_finite=check_finite,
@@ -102,45 +100,44 @@ def clip_loss(
     return combine(parts, reduction)
 
 
+def _unit(name: str, features: Tensor) -> Tensor:
+    # in fp32, rounded once: the norm of a bf16 vector computed in bf16 is off by up to 1 %
+    dtype = check.features(name, features).dtype
+    return F.normalize(features.to(torch.promote_types(dtype, torch.float32)), dim=1).to(dtype)
+
+
 def _oracle(
     image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float, logit_bias: Tensor | float | None = None,
     *, labels: Tensor | None = None, label_smoothing: float = 0.0, image_ids: Tensor | None = None,
     text_ids: Tensor | None = None, image_weights: Tensor | None = None, text_weights: Tensor | None = None,
     directions: str = "both", normalize: bool = False, reduction: str = "mean",
 ) -> Tensor:  # fmt: skip
-    """The equation on the dense score matrix, row by row as it is written."""
+    """The equation on the dense score matrix."""
     if normalize:
         image_features, text_features = F.normalize(image_features, dim=1), F.normalize(text_features, dim=1)
     s = logit_scale * image_features @ text_features.T + (0.0 if logit_bias is None else logit_bias)
     m, n = s.shape
-    row_id = image_ids if image_ids is not None else text_ids
-    col_id = text_ids if text_ids is not None else image_ids
-    target = torch.arange(m, device=s.device) if labels is None else labels
-    y = target[:, None] == torch.arange(n, device=s.device)
-    live = torch.ones_like(y)
+    y = (torch.arange(m, device=s.device) if labels is None else labels)[:, None] == torch.arange(n, device=s.device)
+    v = torch.ones_like(y)
+    row_id, col_id = (text_ids if image_ids is None else image_ids), (image_ids if text_ids is None else text_ids)
     if row_id is not None and col_id is not None:
-        present = (row_id != -1)[:, None] & (col_id != -1)[None, :]
-        y, live = y & present, present & (y | (row_id[:, None] != col_id[None, :]))
+        present = (row_id != -1)[:, None] & (col_id != -1)
+        y, v = y & present, present & (y | (row_id[:, None] != col_id))
     results = []
-    for s_, y_, live_, w, wanted in (
-        (s, y, live, image_weights, directions != "text"),
-        (s.T, y.T, live.T, text_weights, directions != "image"),
+    for z, pos, live, w, wanted in (
+        (s, y, v, image_weights, directions != "text"),
+        (s.T, y.T, v.T, text_weights, directions != "image"),
     ):
         if not wanted:
             continue
-        w = s_.new_ones(s_.shape[0]) if w is None else w.to(s_.dtype)
-        losses = []
-        for i in range(s_.shape[0]):
-            z, pos = s_[i][live_[i]], s_[i][y_[i]]
-            if len(pos):
-                log_p_mean = (1 - label_smoothing) * pos.mean() + label_smoothing * z.mean()
-                losses.append(w[i] * (torch.logsumexp(z, 0) - log_p_mean))
-            else:
-                losses.append(s_[i].sum() * 0)
-        total = torch.stack(losses) if losses else s_.sum(1)
-        mass = (w * y_.any(1)).sum()
-        mean = total.sum() / torch.where(mass == 0, 1.0, mass)
-        results.append({"none": total, "sum": total.sum(), "mean": mean}[reduction])
+        w = pos.any(1).to(s.dtype) * (1.0 if w is None else w)
+        live = live | ~pos.any(1, keepdim=True)  # weight 0: any finite value will do
+        pos, share = pos.to(s.dtype), live.to(s.dtype)
+        q = (1 - label_smoothing) * pos / pos.sum(1, keepdim=True).clamp(min=1)
+        q = q + label_smoothing * share / share.sum(1, keepdim=True)
+        losses = w * (z.masked_fill(~live, -torch.inf).logsumexp(1) - (q * z).sum(1))
+        mean = losses.sum() / torch.where(w.sum() == 0, 1.0, w.sum())
+        results.append({"none": losses, "sum": losses.sum(), "mean": mean}[reduction])
     return results[0] if len(results) == 1 else (results[0] + results[1]) / 2
 
 

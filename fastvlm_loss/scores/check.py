@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["choice", "features", "finite", "integers", "number", "scalar", "vector"]
+__all__ = ["alike", "choice", "features", "finite", "integers", "number", "scalar", "vector"]
 
 
 def _got(value: object) -> str:
@@ -16,23 +16,25 @@ def _got(value: object) -> str:
     return f"{type(value).__name__} {value!r}" if not isinstance(value, type) else repr(value)
 
 
-def features(name: str, value: object, like: tuple[str, Tensor] | None = None) -> Tensor:
-    """A floating `[rows, D]` tensor; `like` names another one whose D, dtype and device it must share."""
+def features(name: str, value: object) -> Tensor:
+    """A floating `[rows, D]` tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {_got(value)}, wanted a floating tensor of shape [rows, D]")
     if not value.is_floating_point():
         raise TypeError(f"{name}: got {_got(value)}, wanted a floating dtype")
     if value.dim() != 2 or value.shape[1] == 0:
         raise ValueError(f"{name}: got {_got(value)}, wanted shape [rows, D] with D >= 1")
-    if like is not None:
-        other, base = like
-        if value.shape[1] != base.shape[1]:
-            raise ValueError(f"{name}: got {_got(value)}, wanted D = {base.shape[1]} as in {other}")
-        if value.dtype != base.dtype:
-            raise TypeError(f"{name}: got {_got(value)}, wanted {base.dtype} as in {other}")
-        if value.device != base.device:
-            raise ValueError(f"{name}: got a tensor on {value.device}, wanted {base.device} as in {other}")
     return value
+
+
+def alike(name: str, value: Tensor, other: str, base: Tensor) -> None:
+    """Features that share D, dtype and device with those of the argument `other`."""
+    if value.shape[1] != base.shape[1]:
+        raise ValueError(f"{name}: got {_got(value)}, wanted D = {base.shape[1]} as in {other}")
+    if value.device != base.device:
+        raise ValueError(f"{name}: got a tensor on {value.device}, wanted {base.device} as in {other}")
+    if value.dtype != base.dtype:
+        raise TypeError(f"{name}: got {_got(value)}, wanted {base.dtype} as in {other}")
 
 
 def scalar(name: str, value: object, like: Tensor, dtype: torch.dtype, positive: bool = False) -> Tensor:

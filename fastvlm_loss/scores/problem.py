@@ -58,7 +58,7 @@ class Problem:
         """Check the public arguments and bring them to the engine's form."""
         x = _autocast(check.features("image_features", image_features))
         y = _autocast(check.features("text_features", text_features))
-        check.features("text_features", y, like=("image_features", x))
+        check.alike("text_features", y, "image_features", x)
         dtype = statistics_dtype(x.dtype)
         scale = check.scalar("logit_scale", logit_scale, x, dtype, positive=True)
         bias = None if logit_bias is None else check.scalar("logit_bias", logit_bias, x, dtype)
@@ -84,7 +84,8 @@ class Problem:
 def _autocast(features: Tensor) -> Tensor:
     # features follow autocast as the operands of any matmul do; the statistics stay fp32
     kind = features.device.type
-    if torch.is_autocast_enabled(kind) and features.dtype != torch.float64:
+    available = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    if available and features.dtype != torch.float64:
         return features.to(torch.get_autocast_dtype(kind))
     return features
 
@@ -114,12 +115,16 @@ def _ids(
     if image_ids is None and text_ids is None:
         return None, None
     m, n = x.shape[0], y.shape[0]
-    if image_ids is None or text_ids is None:
-        missing = "image_ids" if image_ids is None else "text_ids"
-        if m != n:
-            raise ValueError(f"{missing}: got None for {m} image and {n} text features, wanted ids of both")
-        image_ids = text_ids = text_ids if image_ids is None else image_ids
-    return check.integers("image_ids", image_ids, m, x), check.integers("text_ids", text_ids, n, x)
+    row_id = None if image_ids is None else check.integers("image_ids", image_ids, m, x)
+    col_id = None if text_ids is None else check.integers("text_ids", text_ids, n, x)
+    if row_id is not None and col_id is not None:
+        return row_id, col_id
+    if m != n:
+        missing = "image_ids" if row_id is None else "text_ids"
+        raise ValueError(f"{missing}: got None for {m} image and {n} text features, wanted ids of both")
+    shared = col_id if row_id is None else row_id
+    assert shared is not None
+    return shared, shared
 
 
 def _without_invalid(target: Tensor | None, row_id: Tensor, col_id: Tensor) -> Tensor:

@@ -1,0 +1,150 @@
+"""Inputs, error budgets and poisoned memory for testing a loss: ours, yours, on any device and backend.
+
+    from fastvlm_loss.losses import registry
+    from fastvlm_loss.testing import Case, violations
+    assert not violations(registry["clip_loss"], Case(m=129, d=64, dtype=torch.bfloat16, device="cuda"))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .engine.dispatch import backend
+from .losses import LossSpec
+
+__all__ = ["Case", "evaluate", "inputs", "poison", "violations"]
+
+ULPS = 4
+
+
+@dataclass(frozen=True)
+class Case:
+    """One cell of the test matrix.
+
+    Attributes:
+        m, n, d: sizes; `n` None means as many texts as images.
+        dtype, device: of the features.
+        scale, bias: value of `logit_scale` and `logit_bias` (None leaves the bias out).
+        scale_shape: `()` or `(1,)`.
+        noise: distance of an image from its text; small makes the task easy (p_ii near 1).
+        options: keyword arguments; a callable value is called with (m, n, device, generator).
+        backend: forced backend.
+        seed: of features and options.
+    """
+
+    m: int
+    d: int
+    n: int | None = None
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    scale: float = 14.3
+    bias: float | None = None
+    scale_shape: tuple[int, ...] = ()
+    noise: float = 2.0
+    options: Mapping[str, Any] = field(default_factory=dict)
+    backend: str = "auto"
+    seed: int = 0
+
+
+def inputs(case: Case) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Differentiable tensors (image_features, text_features, logit_scale, logit_bias) and keyword options of a case."""
+    g = torch.Generator().manual_seed(case.seed)
+    device, n = torch.device(case.device), case.m if case.n is None else case.n
+    text = F.normalize(torch.randn(n, case.d, generator=g, dtype=torch.float64), dim=1)
+    pair = text[torch.arange(case.m) % max(n, 1)] if n else text.new_zeros(case.m, case.d)
+    image = pair + case.noise * torch.randn(case.m, case.d, generator=g, dtype=torch.float64) / case.d**0.5
+    small = torch.float64 if case.dtype == torch.float64 else torch.float32
+    tensors = {
+        "image_features": F.normalize(image, dim=1).to(device, case.dtype),
+        "text_features": text.to(device, case.dtype),
+        "logit_scale": torch.full(case.scale_shape, case.scale, dtype=small, device=device),
+    }
+    if case.bias is not None:
+        tensors["logit_bias"] = torch.full(case.scale_shape, case.bias, dtype=small, device=device)
+    options = {k: v(case.m, n, device, g) if callable(v) else v for k, v in case.options.items()}
+    return {k: v.requires_grad_() for k, v in tensors.items()}, options
+
+
+def evaluate(function: Any, tensors: Mapping[str, Tensor], options: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The loss and the gradient of its sum with respect to every differentiable tensor, detached."""
+    value = function(**tensors, **options)
+    wanted = {k: v for k, v in tensors.items() if v.requires_grad}
+    gradients = torch.autograd.grad(value.sum(), list(wanted.values()), allow_unused=True)
+    out = {"loss": value.detach()}
+    for (name, tensor), gradient in zip(wanted.items(), gradients, strict=True):
+        out[name] = torch.zeros_like(tensor) if gradient is None else gradient
+    return out
+
+
+def violations(spec: LossSpec, case: Case) -> list[str]:
+    """What of a case is outside its error budget, one line each; empty is good.
+
+    The reference is the oracle in fp64 on the rounded inputs. The budget of every value and gradient is twice the
+    error of the same oracle in the statistics' dtype (fp32, or fp64 for fp64 features) plus a few units in the last
+    place, of the largest score for what depends on scores, and of the output's dtype for gradients.
+    """
+    tensors, options = inputs(case)
+    with backend(case.backend):
+        got = evaluate(spec.function, tensors, options)
+    exact = evaluate(spec.oracle, _cast(tensors, torch.float64), _cast(options, torch.float64))
+    dtype = torch.float64 if case.dtype == torch.float64 else torch.float32
+    dense = evaluate(spec.oracle, _cast(tensors, dtype), _cast(options, dtype))
+    peak = case.scale + abs(case.bias or 0.0)  # features have unit norm
+    # the largest weight of one sample, so that what cancels exactly on paper may leave a rounding
+    unit = 1.0 if options.get("reduction", "mean") != "mean" else min(1.0, 2 / max(case.m, 1))
+    found = []
+    for name, value in got.items():
+        reference = exact[name].double()
+        if value.shape != reference.shape or (name != "loss" and value.dtype != tensors[name].dtype):
+            found.append(f"{name}: got {value.dtype} {list(value.shape)}, wanted {list(reference.shape)}")
+            continue
+        if not reference.numel():
+            continue
+        size = reference.abs().amax().item()
+        eps = torch.finfo(dtype).eps
+        if name == "loss":
+            floor = ULPS * eps * (size + peak)
+        elif name in ("image_features", "text_features"):
+            out = torch.finfo(value.dtype)
+            floor = ULPS * ((eps * peak + out.eps) * size + eps * case.scale * unit + out.smallest_normal * out.eps)
+        else:  # scale and bias sum over all entries: their floor is that of the loss
+            floor = ULPS * eps * (size + peak / case.scale * _weight(exact["loss"]))
+        error = (value.double() - reference).abs().amax().item()
+        budget = 2 * (dense[name].double() - reference).abs().amax().item() + floor
+        if not error <= budget:
+            found.append(f"{name}: error {error:.2e} over a budget of {budget:.2e} (largest value {size:.2e}) in {case}")
+    return found
+
+
+@contextmanager
+def poison() -> Iterator[None]:
+    """Uninitialised memory is NaN inside the block, so that a read before a write cannot go unnoticed."""
+    before = torch.utils.deterministic.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = before[0]
+        torch.use_deterministic_algorithms(before[1], warn_only=warn_only)
+
+
+def _weight(loss: Tensor) -> float:
+    return max(float(loss.numel()), loss.double().abs().sum().item(), 1.0)
+
+
+def _cast(values: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    out = {}
+    for name, value in values.items():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            value = value.detach().to(dtype).requires_grad_(value.requires_grad)
+        out[name] = value
+    return out

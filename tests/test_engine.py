@@ -1,0 +1,161 @@
+"""The engine itself: fp64 gradcheck of the kernels' maths, invariances, the op boundary, torch.compile."""
+
+import pytest
+import torch
+
+import fastvlm_loss
+from fastvlm_loss import CLIPLoss, clip_loss
+from fastvlm_loss.backends import cpp
+from fastvlm_loss.backends import torch as chunked
+from fastvlm_loss.engine import tile
+from fastvlm_loss.losses import registry
+from fastvlm_loss.scores.problem import Problem
+from fastvlm_loss.scores.statistics import Softmax
+
+needs_cpp = pytest.mark.skipif(bool(cpp.unavailable()), reason=cpp.unavailable())
+
+
+@pytest.mark.parametrize("options", range(len(registry["clip_loss"].variants)))
+def test_gradcheck(pair, options):
+    x, y = (t.detach().double().requires_grad_() for t in pair(9, 5))
+    scale, bias = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (5.0, 0.5))
+    g = torch.Generator().manual_seed(0)
+    variant = registry["clip_loss"].variants[options]
+    kw = {k: v(9, 9, torch.device("cpu"), g) if callable(v) else v for k, v in variant.items()}
+    with fastvlm_loss.backend("torch"):
+        assert torch.autograd.gradcheck(lambda *a: clip_loss(*a, **kw), (x, y, scale, bias))
+
+
+def test_any_function_of_the_statistics_differentiates(pair):
+    # debiased contrastive loss as plain PyTorch over O(N) vectors, no gradient formula of its own
+    def debiased(problem):
+        t = tile.softmax(problem, gap=True)
+        return (torch.log1p((t.row_nll.expm1() - 0.01).clamp_min(1e-6)) * t.col_gap.exp()).mean()
+
+    x, y = (t.detach().double().requires_grad_() for t in pair(30, 8))
+    scale = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+    results = []
+    for name in ("torch", "dense"):
+        with fastvlm_loss.backend(name):
+            value = debiased(Problem.of(x, y, scale))
+            results.append((value, *torch.autograd.grad(value, (x, y, scale))))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("side", [1, 3, 16, 64])
+def test_tile_size_does_not_matter(pair, monkeypatch, side):
+    x, y = (t.detach().double().requires_grad_() for t in pair(50, 8))
+    ids = torch.arange(50) // 3
+    results = []
+    for size in (1000, side):
+        monkeypatch.setitem(chunked.TILE, "cpu", size)
+        with fastvlm_loss.backend("torch"):
+            loss = clip_loss(x, y, 30.0, label_smoothing=0.1, image_ids=ids)
+        results.append((loss, *torch.autograd.grad(loss, (x, y))))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_merging_shards_of_the_columns_is_the_whole(pair):
+    x, y = (t.detach().double() for t in pair(20, 8, n=60))
+    statistic = Softmax(rows=True, cols=False, gap=True)
+    target = torch.randint(0, 60, (20,))
+    scale = torch.tensor(7.0, dtype=torch.float64)
+    whole = chunked.statistics(Problem(x, y, scale, None, target), statistic)
+    merged = statistic.identity(x, torch.float64, 20)
+    for c in range(0, 60, 25):
+        inside = (target >= c) & (target < c + 25)
+        shard = Problem(x, y[c : c + 25], scale, None, torch.where(inside, target - c, -1))
+        merged = torch.stack(statistic.merge(merged, chunked.statistics(shard, statistic)))
+    torch.testing.assert_close(merged, whole, rtol=1e-13, atol=1e-13)
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_do_not_change_a_bit(pair, dtype):
+    x, y = pair(1700, 40, n=1700, dtype=dtype)
+    results, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            with fastvlm_loss.backend("cpp"):
+                loss = clip_loss(x, y, 20.0, label_smoothing=0.1)
+            results.append((loss, *torch.autograd.grad(loss, (x, y))))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+def arguments(backend, options, pair):
+    x, y = pair(20, 8)
+    problem = Problem.of(x, y, 5.0, 1.0, **options)
+    return (x, y, problem.scale, problem.bias, problem.target, problem.row_id, problem.col_id), (backend, "softmax")
+
+
+@pytest.mark.parametrize("options", [{}, {"labels": torch.arange(20).flip(0), "image_ids": torch.arange(20) // 2}])
+def test_opcheck(pair, live_backend, options):
+    problem, value = arguments(live_backend, options, pair)
+    problem = tuple(t.detach() if t is not None else None for t in problem)
+    torch.library.opcheck(torch.ops.fastvlm_loss.statistics.default, (*problem, *value, 7))
+    operands, unit = torch.rand(4, 40), torch.tensor(0.5)
+    for need in ((True, True, True), (False, True, False)):
+        torch.library.opcheck(torch.ops.fastvlm_loss.gradient.default, (*problem, operands, unit, *value, 7, *need))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_fullgraph(pair, live_backend, dynamic):
+    torch._dynamo.reset()
+    loss = CLIPLoss(label_smoothing=0.1)
+    log_scale = torch.tensor(2.0, requires_grad=True)
+    tower = torch.nn.Linear(32, 32)
+    ids = torch.arange(60) // 2
+
+    def step(x, y, ids):
+        return loss(tower(x), y, log_scale.exp(), normalize=True, image_ids=ids)
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic)
+    with fastvlm_loss.backend(live_backend):
+        for m in (60, 40) if dynamic else (60,):
+            x, y = pair(m)
+            results = [
+                (value := f(x, y, ids[:m]), *torch.autograd.grad(value, (x, y, log_scale, tower.weight)))
+                for f in (step, compiled)
+            ]
+            for a, b in zip(*results, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_labels_are_checked_in_a_compiled_graph(pair):
+    torch._dynamo.reset()
+    x, y = pair(8)
+    compiled = torch.compile(lambda labels: clip_loss(x, y, 5.0, labels=labels), fullgraph=True)
+    torch.testing.assert_close(compiled(torch.arange(8)), clip_loss(x, y, 5.0))
+    with pytest.raises(RuntimeError, match="labels: out of range"):
+        compiled(torch.arange(8) + 1)
+
+
+def test_fake_and_meta_tensors_have_the_right_shape():
+    x, y = torch.empty(6, 4, device="meta", requires_grad=True), torch.empty(6, 4, device="meta")
+    loss = clip_loss(x, y, 5.0)
+    assert loss.shape == () and loss.device.type == "meta"
+    with torch._subclasses.fake_tensor.FakeTensorMode():
+        fake = clip_loss(torch.empty(6, 4, dtype=torch.bfloat16), torch.empty(6, 4, dtype=torch.bfloat16), 5.0)
+        assert fake.shape == () and fake.dtype == torch.float32
+
+
+def test_backend_blocks_nest_and_reach_backward(pair):
+    x, y = pair(10)
+    with fastvlm_loss.backend("torch"):
+        with fastvlm_loss.backend("dense"):
+            dense = clip_loss(x, y, 5.0)
+        chunk = clip_loss(x, y, 5.0)
+    assert "Statistics" not in str(dense.grad_fn) and dense.item() == pytest.approx(chunk.item(), rel=1e-6)
+    torch.testing.assert_close(torch.autograd.grad(chunk, x), torch.autograd.grad(dense, x))
+
+
+def test_registering_twice_is_refused():
+    from fastvlm_loss.losses._spec import register
+
+    with pytest.raises(ValueError, match="got 'clip_loss' twice"):
+        register(registry["clip_loss"])

@@ -1,0 +1,78 @@
+"""Every registered loss x backend x dtype x size x options: value and every gradient within the error budget."""
+
+import itertools
+
+import pytest
+import torch
+
+from fastvlm_loss.engine.dispatch import implementation
+from fastvlm_loss.losses import registry
+from fastvlm_loss.testing import Case, poison, violations
+
+BACKENDS = {"torch": [torch.float64, torch.float32, torch.bfloat16, torch.float16], "cpp": [torch.float32, torch.bfloat16]}
+SPECS = list(registry.values())
+
+
+def backends():
+    for name, dtypes in BACKENDS.items():
+        reason = implementation(name).unavailable() if name == "cpp" else ""
+        for dtype in dtypes:
+            mark = [pytest.mark.skip(reason=reason)] if reason else []
+            yield pytest.param(name, dtype, id=f"{name}-{str(dtype).removeprefix('torch.')}", marks=mark)
+
+
+@pytest.mark.parametrize(("backend", "dtype"), list(backends()))
+@pytest.mark.parametrize("m", [1, 2, 7, 64, 129])
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
+def test_variants(spec, m, backend, dtype):
+    found = []
+    for k, options in enumerate(spec.variants):
+        if options.get("normalize") and dtype.itemsize == 2:
+            continue  # rounds the features once more: test_properties pins it
+        for d, bias in ((8, None), (100, -3.0)):
+            case = Case(m=m, d=d, dtype=dtype, bias=bias, options=options, backend=backend, seed=k)
+            with poison():
+                found += violations(spec, case)
+    assert not found
+
+
+@pytest.mark.parametrize(("backend", "dtype"), list(backends()))
+@pytest.mark.parametrize(("m", "d"), [(1000, 64), (1000, 512), (130, 1100)])
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
+def test_large(spec, m, d, backend, dtype):
+    options = [spec.variants[0], spec.variants[3]]
+    assert not [v for o in options for v in violations(spec, Case(m=m, d=d, dtype=dtype, options=o, backend=backend))]
+
+
+@pytest.mark.parametrize(("backend", "dtype"), list(backends()))
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
+def test_scale_and_bias(spec, backend, dtype):
+    found = []
+    for scale, bias, shape in itertools.product((1e-3, 1.0, 100.0, 1e4), (None, 10.0), ((), (1,))):
+        for noise in (0.2, 2.0):
+            case = Case(m=65, d=64, dtype=dtype, scale=scale, bias=bias, scale_shape=shape, noise=noise, backend=backend)
+            found += violations(spec, case)
+    assert not found
+
+
+def _labels(m, n, device, g):
+    return torch.randint(-1, n, (m,), generator=g).to(device)
+
+
+def _row_ids(m, n, device, g):
+    return torch.randint(-1, max(m // 2, 1), (m,), generator=g).to(device)
+
+
+def _col_ids(m, n, device, g):
+    return torch.randint(-1, max(m // 2, 1), (n,), generator=g).to(device)
+
+
+@pytest.mark.parametrize(("backend", "dtype"), list(backends()))
+@pytest.mark.parametrize(("m", "n"), [(1, 5), (5, 1), (40, 129), (129, 40), (700, 90)])
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
+def test_not_square(spec, m, n, backend, dtype):
+    found = []
+    for extra in ({}, {"image_ids": _row_ids, "text_ids": _col_ids}, {"label_smoothing": 0.1, "directions": "text"}):
+        case = Case(m=m, n=n, d=24, dtype=dtype, bias=1.0, options={"labels": _labels, **extra}, backend=backend)
+        found += violations(spec, case)
+    assert not found
