@@ -131,7 +131,7 @@ def test_labels_are_checked_in_a_compiled_graph(pair):
     x, y = pair(8)
     compiled = torch.compile(lambda labels: clip_loss(x, y, 5.0, labels=labels), fullgraph=True)
     torch.testing.assert_close(compiled(torch.arange(8)), clip_loss(x, y, 5.0))
-    with pytest.raises(RuntimeError, match="labels: out of range"):
+    with pytest.raises(RuntimeError, match="out of (range|bounds)"):
         compiled(torch.arange(8) + 1)
 
 

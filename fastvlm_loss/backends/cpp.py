@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 
 import torch
@@ -14,9 +13,8 @@ from ..scores.statistics import Softmax
 __all__ = ["gradient", "instruction_set", "refuses", "statistics", "unavailable"]
 
 
-@functools.cache
 def _load() -> str:
-    """Load the library once; the reason if that fails, else an empty string."""
+    """Load the library; the reason if that fails, else an empty string."""
     library = Path(__file__).parents[1] / "_C.abi3.so"
     if not library.exists():
         return "the C++ library was not built (FASTVLM_LOSS_CPP=1 pip install --no-build-isolation . says why)"
@@ -27,9 +25,12 @@ def _load() -> str:
     return ""
 
 
+_REASON = _load()  # at import, so that a compiled graph sees a constant
+
+
 def unavailable() -> str:
     """Why this backend is not live, or an empty string."""
-    return _load()
+    return _REASON
 
 
 def refuses(device: torch.device, dtype: torch.dtype) -> str:

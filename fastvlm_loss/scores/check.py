@@ -69,7 +69,7 @@ def number(
         or (low is not None and not value >= low)
         or (below is not None and not value < below)
     )
-    if outside or not math.isfinite(value):
+    if outside or value != value or abs(value) == math.inf:  # math.isfinite would break a compiled graph
         raise ValueError(f"{name}: got {value!r}, wanted a finite number {' and '.join(wanted)}".rstrip())
     return float(value)
 

@@ -70,7 +70,8 @@ class Problem:
             check.finite("image_features", x)
             check.finite("text_features", y)
             check.finite("logit_scale", scale)
-        return cls(x.contiguous(), y.contiguous(), scale, bias, target, row_id, col_id)
+        x, y = x.contiguous(), y.contiguous()
+        return cls(x, _distinct(y, x), scale, bias, target, row_id, col_id)
 
     def targets(self) -> tuple[Tensor | None, Tensor | None]:
         """How many targets each row `[M]` and column `[N]` has, or None where each has exactly one."""
@@ -118,13 +119,18 @@ def _ids(
     row_id = None if image_ids is None else check.integers("image_ids", image_ids, m, x)
     col_id = None if text_ids is None else check.integers("text_ids", text_ids, n, x)
     if row_id is not None and col_id is not None:
-        return row_id, col_id
+        return row_id, _distinct(col_id, row_id)
     if m != n:
         missing = "image_ids" if row_id is None else "text_ids"
         raise ValueError(f"{missing}: got None for {m} image and {n} text features, wanted ids of both")
     shared = col_id if row_id is None else row_id
     assert shared is not None
-    return shared, shared
+    return shared, _distinct(shared, shared)
+
+
+def _distinct(tensor: Tensor, other: Tensor) -> Tensor:
+    # one tensor in two places of an autograd Function cannot be traced by torch.compile
+    return tensor.view_as(tensor) if tensor is other else tensor
 
 
 def _without_invalid(target: Tensor | None, row_id: Tensor, col_id: Tensor) -> Tensor:
