@@ -35,7 +35,7 @@ def extension() -> tuple[list[Extension], type[build_ext]]:
 
     sanitize = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g"]
     sanitize = sanitize if os.environ.get("FASTVLM_LOSS_SANITIZE") == "1" else []
-    flags = ["-O3", "-std=c++17", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+    flags = ["-O3", "-std=c++17", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing", "-fvisibility=hidden"]
     library = CppExtension(
         "fastvlm_loss._C",
         sorted(str(p) for p in Path("csrc").glob("*.cpp")),

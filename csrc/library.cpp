@@ -50,12 +50,18 @@ fastvlm::Problem problem(const Tensor& x, const Tensor& y, const Tensor& scale, 
   return p;
 }
 
+void known(const std::string& epilogue) {
+  STD_TORCH_CHECK(epilogue == "softmax", "epilogue: got ", epilogue, ", wanted softmax");
+}
+
 int64_t length(const fastvlm::Problem& p, int64_t flags) {
   return (flags & fastvlm::kRows ? p.m : 0) + (flags & fastvlm::kCols ? p.n : 0);
 }
 
 Tensor softmax_statistics(const Tensor& x, const Tensor& y, const Tensor& scale, const Optional& bias,
-                          const Optional& target, const Optional& row_id, const Optional& col_id, int64_t flags) {
+                          const Optional& target, const Optional& row_id, const Optional& col_id,
+                          std::string epilogue, int64_t flags) {
+  known(epilogue);
   const auto p = problem(x, y, scale, bias, target, row_id, col_id);
   const int64_t fields = flags & fastvlm::kGap ? 5 : 3;
   Tensor state = torch::stable::new_empty(scale, {fields, length(p, flags)});
@@ -66,8 +72,10 @@ Tensor softmax_statistics(const Tensor& x, const Tensor& y, const Tensor& scale,
 std::tuple<Tensor, Tensor, Tensor> softmax_gradient(const Tensor& x, const Tensor& y, const Tensor& scale,
                                                     const Optional& bias, const Optional& target,
                                                     const Optional& row_id, const Optional& col_id,
-                                                    const Tensor& operands, const Tensor& unit, int64_t flags,
-                                                    bool need_x, bool need_y, bool need_sums) {
+                                                    const Tensor& operands, const Optional& unit,
+                                                    std::string epilogue, int64_t flags, bool need_x, bool need_y,
+                                                    bool need_sums) {
+  known(epilogue);
   const auto p = problem(x, y, scale, bias, target, row_id, col_id);
   STD_TORCH_CHECK(operands.scalar_type() == ScalarType::Float && operands.is_contiguous() &&
                       operands.numel() == (flags & fastvlm::kGap ? 4 : 3) * length(p, flags),
@@ -75,7 +83,7 @@ std::tuple<Tensor, Tensor, Tensor> softmax_gradient(const Tensor& x, const Tenso
   Tensor dx = torch::stable::new_empty(x, need_x ? std::initializer_list<int64_t>{p.m, p.d} : std::initializer_list<int64_t>{0});
   Tensor dy = torch::stable::new_empty(y, need_y ? std::initializer_list<int64_t>{p.n, p.d} : std::initializer_list<int64_t>{0});
   Tensor sums = torch::stable::new_empty(scale, {2});
-  fastvlm::softmax_gradient(p, flags, static_cast<const float*>(operands.const_data_ptr()), number("unit", unit),
+  fastvlm::softmax_gradient(p, flags, static_cast<const float*>(operands.const_data_ptr()), unit ? number("unit", *unit) : 1.f,
                             need_x ? dx.mutable_data_ptr() : nullptr, need_y ? dy.mutable_data_ptr() : nullptr,
                             static_cast<float*>(sums.mutable_data_ptr()));
   (void)need_sums;  // they come with the tiles
@@ -86,23 +94,15 @@ std::string instruction_set() { return fastvlm::core().name; }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY(fastvlm_loss_cpp, m) {
-  m.def(
-      "softmax_statistics(Tensor x, Tensor y, Tensor scale, Tensor? bias, Tensor? target, Tensor? row_id, "
-      "Tensor? col_id, int flags) -> Tensor");
-  m.def(
-      "softmax_gradient(Tensor x, Tensor y, Tensor scale, Tensor? bias, Tensor? target, Tensor? row_id, "
-      "Tensor? col_id, Tensor operands, Tensor unit, int flags, bool need_x, bool need_y, bool need_sums) "
-      "-> (Tensor, Tensor, Tensor)");
-  m.def("instruction_set() -> str");
+// The schemas and fakes stand in fastvlm_loss/engine/ops.py.
+STABLE_TORCH_LIBRARY_IMPL(fastvlm_loss, CPU, m) {
+  m.impl("statistics.cpp", TORCH_BOX(&softmax_statistics));
+  m.impl("gradient.cpp", TORCH_BOX(&softmax_gradient));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fastvlm_loss_cpp, CPU, m) {
-  m.impl("softmax_statistics", TORCH_BOX(&softmax_statistics));
-  m.impl("softmax_gradient", TORCH_BOX(&softmax_gradient));
-}
+STABLE_TORCH_LIBRARY_FRAGMENT(fastvlm_loss, m) { m.def("instruction_set() -> str"); }
 
-STABLE_TORCH_LIBRARY_IMPL(fastvlm_loss_cpp, CompositeExplicitAutograd, m) {
+STABLE_TORCH_LIBRARY_IMPL(fastvlm_loss, CompositeExplicitAutograd, m) {
   m.impl("instruction_set", TORCH_BOX(&instruction_set));
 }
 

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from fastvlm_loss.engine.dispatch import implementation
+from fastvlm_loss.backends import cpp
 from fastvlm_loss.losses import registry
 from fastvlm_loss.testing import Case, poison, violations
 
@@ -15,7 +15,7 @@ SPECS = list(registry.values())
 
 def backends():
     for name, dtypes in BACKENDS.items():
-        reason = implementation(name).unavailable() if name == "cpp" else ""
+        reason = cpp.unavailable() if name == "cpp" else ""
         for dtype in dtypes:
             mark = [pytest.mark.skip(reason=reason)] if reason else []
             yield pytest.param(name, dtype, id=f"{name}-{str(dtype).removeprefix('torch.')}", marks=mark)

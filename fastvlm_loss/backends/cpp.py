@@ -1,16 +1,15 @@
-"""The C++ library in `csrc`: fp32 and bf16 on the CPU, both directions from one pass of scores."""
+"""The C++ library in `csrc`: fp32 and bf16 on the CPU, both directions from one pass of scores.
+
+Loading it registers the CPU implementation of the operators' `cpp` overloads; nothing of it passes through Python.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from ..scores.problem import Problem
-from ..scores.statistics import Softmax
-
-__all__ = ["gradient", "instruction_set", "refuses", "statistics", "unavailable"]
+__all__ = ["instruction_set", "refuses", "unavailable"]
 
 
 def _load() -> str:
@@ -41,23 +40,4 @@ def refuses(device: torch.device, dtype: torch.dtype) -> str:
 
 def instruction_set() -> str:
     """The instruction set chosen at run time, for instance `avx512+bf16`."""
-    return str(torch.ops.fastvlm_loss_cpp.instruction_set())
-
-
-def statistics(problem: Problem, statistic: Softmax) -> Tensor:
-    """State `[fields, L]` of all rows, then all columns."""
-    p = problem
-    return torch.ops.fastvlm_loss_cpp.softmax_statistics(  # type: ignore[no-any-return]
-        p.x, p.y, p.scale, p.bias, p.target, p.row_id, p.col_id, statistic.flags
-    )
-
-
-def gradient(
-    problem: Problem, statistic: Softmax, operands: Tensor, unit: Tensor, need_x: bool, need_y: bool, need_sums: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`dx`, `dy` (empty if not needed) and `[sum G c, sum G]` with c = <x, y>; G is `unit` times the gradient tiles."""
-    p = problem
-    return torch.ops.fastvlm_loss_cpp.softmax_gradient(  # type: ignore[no-any-return]
-        p.x, p.y, p.scale, p.bias, p.target, p.row_id, p.col_id, operands, unit,
-        statistic.flags, need_x, need_y, need_sums,
-    )  # fmt: skip
+    return str(torch.ops.fastvlm_loss.instruction_set())

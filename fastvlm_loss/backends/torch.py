@@ -33,9 +33,9 @@ def statistics(problem: Problem, statistic: Softmax) -> Tensor:
 
 
 def gradient(
-    problem: Problem, statistic: Softmax, operands: Tensor, unit: Tensor, need_x: bool, need_y: bool, need_sums: bool
+    problem: Problem, statistic: Softmax, operands: Tensor, unit: Tensor | None, need_x: bool, need_y: bool, need_sums: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`dx`, `dy` (empty if not needed) and `[sum G c, sum G]` with c = <x, y>; G is `unit` times the gradient tiles."""
+    """`dx`, `dy` (empty if not needed) and `[sum G c, sum G]` with c = <x, y>; operands come divided by `unit`."""
     x, y, dtype = problem.x, problem.y, problem.scale.dtype
     dx = x.new_zeros(x.shape if need_x else (0,), dtype=dtype)
     dy = y.new_zeros(y.shape if need_y else (0,), dtype=dtype)
@@ -50,8 +50,8 @@ def gradient(
             dx[r].addmm_(g, y[c].to(dtype))
         if need_y:
             dy[c].addmm_(g.T, x[r].to(dtype))
-    factor = problem.scale * unit
-    return dx.mul_(factor).to(x.dtype), dy.mul_(factor).to(y.dtype), sums * unit
+    factor = problem.scale if unit is None else problem.scale * unit
+    return dx.mul_(factor).to(x.dtype), dy.mul_(factor).to(y.dtype), sums if unit is None else sums * unit
 
 
 def _tiles(problem: Problem) -> Iterator[tuple[slice, slice]]:

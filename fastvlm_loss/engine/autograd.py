@@ -18,7 +18,7 @@ __all__ = ["Statistics"]
 
 
 class Statistics(torch.autograd.Function):
-    """`(x, y, scale, bias, target, row_id, col_id, row_targets+col_targets, backend, statistic) -> vectors [L]`."""
+    """`(x, y, scale, bias, target, row_id, col_id, targets [L], backend, epilogue, flags) -> vectors [L]`."""
 
     @staticmethod
     def forward(
@@ -26,7 +26,7 @@ class Statistics(torch.autograd.Function):
         row_id: Tensor | None, col_id: Tensor | None, targets: Tensor | None, backend: str, epilogue: str, flags: int,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         """Run the statistics op and finish its state."""
-        state = ops.statistics(x, y, scale, bias, target, row_id, col_id, backend, epilogue, flags)
+        state = ops.STATISTICS[backend](x, y, scale, bias, target, row_id, col_id, epilogue, flags)
         ctx.save_for_backward(x, y, scale, bias, target, row_id, col_id, targets, state)
         ctx.value = backend, epilogue, flags
         return decode(epilogue, flags).finish(state, targets)
@@ -52,13 +52,15 @@ class Statistics(torch.autograd.Function):
         d_x = d_y = None
         if need_x or need_y or need_sums:
             operands = statistic.gradient_operands(state, targets, cotangents)
-            # G in units of the largest cotangent: |G| <= 1 per direction, so that half precision neither
-            # underflows with the batch size nor overflows with a loss scaler
-            unit = cotangents[0].abs().amax() if operands.shape[1] else scale.new_ones(())
-            unit = torch.where((unit > 0) & unit.isfinite(), unit, 1.0)
-            operands[1:] /= unit
-            d_x, d_y, sums = ops.gradient(
-                x, y, scale, bias, target, row_id, col_id, operands, unit, backend, epilogue, flags,
+            unit = None
+            if x.dtype == torch.float16 and operands.shape[1]:
+                # fp16 holds G in units of the largest cotangent, |G| <= 1 per direction: it neither underflows with
+                # the batch size nor overflows with a loss scaler (fp32 and bf16 have the exponents for both)
+                unit = cotangents[0].abs().amax()
+                unit = torch.where((unit > 0) & unit.isfinite(), unit, 1.0)
+                operands[1:] /= unit
+            d_x, d_y, sums = ops.GRADIENT[backend](
+                x, y, scale, bias, target, row_id, col_id, operands, unit, epilogue, flags,
                 need_x, need_y, need_sums,
             )  # fmt: skip
             d_scale = sums[0] if need_scale else None

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import ModuleType
 
 import torch
 
 from ..backends import cpp
-from ..backends import torch as chunked
 from ..scores.check import choice
 
-__all__ = ["BACKENDS", "backend", "implementation", "report", "resolve"]
+__all__ = ["BACKENDS", "backend", "report", "resolve"]
 
 BACKENDS = ("auto", "torch", "cpp", "dense")
-_MODULES: dict[str, ModuleType] = {"torch": chunked, "cpp": cpp}
 _forced = "auto"
 
 
@@ -48,11 +45,6 @@ def resolve(device: torch.device, dtype: torch.dtype) -> str:
     if _forced == "cpp" and cpp.refuses(device, dtype):
         raise ValueError(f"backend: got 'cpp' for {dtype} features on {device}, wanted {cpp.refuses(device, dtype)}")
     return _forced
-
-
-def implementation(name: str) -> ModuleType:
-    """The module with `statistics` and `gradient` of a resolved backend."""
-    return _MODULES[name]
 
 
 def report() -> dict[str, str]:

@@ -1,8 +1,8 @@
-"""The engine's verbs: from public arguments to differentiable statistics of the score matrix."""
+"""The engine's verbs: from a `Problem` to differentiable statistics of its score matrix."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,21 +16,31 @@ from .dispatch import resolve
 __all__ = ["SoftmaxTile", "softmax"]
 
 
-class SoftmaxTile(NamedTuple):
-    """Softmax statistics, each `[M]` for rows (images) or `[N]` for columns (texts), fp32 (fp64 for fp64 features).
+@dataclass(frozen=True)
+class SoftmaxTile:
+    """Softmax statistics, fp32 (fp64 for fp64 features): vectors `[L]` of the rows (images), then the columns (texts).
 
     Attributes:
-        row_nll, col_nll: log-sum-exp minus the mean score of the targets, 0 where there is no target.
-        row_gap, col_gap: mean score of the targets minus the mean score of the candidates (None unless asked).
-        row_targets, col_targets: how many targets, or None where each has exactly one.
+        nll: log-sum-exp of the candidates minus the mean score of the targets, 0 where there is no target.
+        gap: mean score of the targets minus the mean score of the candidates (None unless asked).
+        targets: how many targets each has, or None where each has exactly one.
+        lengths: how many of the L are rows and how many columns; 0 for a direction not asked.
     """
 
-    row_nll: Tensor | None
-    col_nll: Tensor | None
-    row_gap: Tensor | None
-    col_gap: Tensor | None
-    row_targets: Tensor | None
-    col_targets: Tensor | None
+    nll: Tensor
+    gap: Tensor | None
+    targets: Tensor | None
+    lengths: tuple[int, int]
+
+    @property
+    def row_nll(self) -> Tensor:
+        """`nll` of the rows."""
+        return self.nll[: self.lengths[0]]
+
+    @property
+    def col_nll(self) -> Tensor:
+        """`nll` of the columns."""
+        return self.nll[self.lengths[0] :]
 
 
 def softmax(problem: Problem, *, rows: bool = True, cols: bool = True, gap: bool = False) -> SoftmaxTile:
@@ -40,21 +50,14 @@ def softmax(problem: Problem, *, rows: bool = True, cols: bool = True, gap: bool
     """
     statistic = Softmax(rows, cols, gap)
     p = problem
-    row_targets, col_targets = p.targets()
+    present = [t for t, wanted in zip(p.targets(), (rows, cols), strict=True) if wanted and t is not None]
+    targets = torch.cat(present) if present else None
     backend = resolve(p.x.device, p.x.dtype)
     if backend == "dense":
         vectors = dense.finished(p, statistic)
     else:
-        present = [t for t, here in ((row_targets, rows), (col_targets, cols)) if here and t is not None]
-        targets = torch.cat(present) if present else None
         vectors = Statistics.apply(
             p.x, p.y, p.scale, p.bias, p.target, p.row_id, p.col_id, targets, backend, statistic.name, statistic.flags
         )
     lengths = statistic.lengths(p.x.shape[0], p.y.shape[0])
-    row_nll, col_nll = vectors[0].split(lengths)
-    row_gap, col_gap = vectors[1].split(lengths) if gap else (None, None)
-    return SoftmaxTile(
-        row_nll if rows else None, col_nll if cols else None,
-        row_gap if rows else None, col_gap if cols else None,
-        row_targets, col_targets,
-    )  # fmt: skip
+    return SoftmaxTile(vectors[0], vectors[1] if gap else None, targets, lengths)

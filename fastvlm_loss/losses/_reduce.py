@@ -10,31 +10,44 @@ __all__ = ["DIRECTIONS", "REDUCTIONS", "combine"]
 DIRECTIONS = ("both", "image", "text")
 REDUCTIONS = ("mean", "sum", "none")
 
-Direction = tuple[Tensor, Tensor | None, Tensor | None]  # losses [K], weights [K] or None, targets [K] or None
 
-
-def combine(directions: list[Direction], reduction: str) -> Tensor:
+def combine(
+    losses: Tensor,
+    targets: Tensor | None,
+    lengths: tuple[int, int],
+    weights: tuple[Tensor | None, Tensor | None],
+    reduction: str,
+) -> Tensor:
     """Weighted mean, sum or per-sample losses, averaged over the directions.
 
-    A sample without target has no loss and no weight; a direction without any weight contributes 0.
+    `losses` and `targets` are `[L]`, rows then columns, `lengths` of each (0 for a direction that does not count);
+    `weights` of the rows `[M]` and of the columns `[N]`, None for ones. A sample without target has no weight, and a
+    direction without any weight contributes 0.
     """
-    parts = [_reduce(*direction, reduction) for direction in directions]
-    return parts[0] if len(parts) == 1 else (parts[0] + parts[1]) / 2
+    both = all(lengths)
+    weighed = any(w is not None and n for w, n in zip(weights, lengths, strict=True))
+    if not weighed and targets is None and reduction == "mean" and losses.shape[0] and (not both or lengths[0] == lengths[1]):
+        return losses.mean()  # equal directions: the mean of their means is one mean
+    if weighed or targets is not None:
+        parts = [losses.new_ones(n) if w is None else w for w, n in zip(weights, lengths, strict=True) if n]
+        known = 1.0 if targets is None else (targets > 0).to(losses.dtype)
+        weight = (torch.cat(parts) if parts else losses) * known
+        losses = losses * weight
+    else:
+        weight = None
+    if not both:
+        return _reduce(losses, weight, reduction)
+    rows = _reduce(losses[: lengths[0]], None if weight is None else weight[: lengths[0]], reduction)
+    cols = _reduce(losses[lengths[0] :], None if weight is None else weight[lengths[0] :], reduction)
+    return (rows + cols) / 2
 
 
-def _reduce(losses: Tensor, weights: Tensor | None, targets: Tensor | None, reduction: str) -> Tensor:
-    if weights is None and targets is None:
-        if reduction == "mean":
-            return losses.mean() if losses.shape[0] else losses.sum()
-        return losses.sum() if reduction == "sum" else losses
-    if targets is not None:
-        known = (targets > 0).to(losses.dtype)
-        weights = known if weights is None else weights * known
-    assert weights is not None
-    weighted = losses * weights
+def _reduce(losses: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
     if reduction == "none":
-        return weighted
+        return losses
     if reduction == "sum":
-        return weighted.sum()
-    total = weights.sum()
-    return weighted.sum() / torch.where(total == 0, 1.0, total)
+        return losses.sum()
+    if weight is None:
+        return losses.sum() / max(losses.shape[0], 1)
+    total = weight.sum()
+    return losses.sum() / torch.where(total == 0, 1.0, total)

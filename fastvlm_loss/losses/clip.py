@@ -86,18 +86,14 @@ def clip_loss(
     m, n = problem.x.shape[0], problem.y.shape[0]
     if reduction == "none" and directions == "both" and m != n:
         raise ValueError(f"reduction: got 'none' for {m} images and {n} texts, wanted one direction, or M = N")
-    weights = [
-        None if w is None else check.vector(name, w, size, problem.x, problem.scale.dtype)
-        for name, w, size in (("image_weights", image_weights, m), ("text_weights", text_weights, n))
-    ]
-    images, texts = directions != "text", directions != "image"
-    t = tile.softmax(problem, rows=images, cols=texts, gap=eps > 0)
-    parts = []
-    if t.row_nll is not None:
-        parts.append((t.row_nll if t.row_gap is None else t.row_nll + eps * t.row_gap, weights[0], t.row_targets))
-    if t.col_nll is not None:
-        parts.append((t.col_nll if t.col_gap is None else t.col_nll + eps * t.col_gap, weights[1], t.col_targets))
-    return combine(parts, reduction)
+    dtype = problem.scale.dtype
+    weights = (
+        None if image_weights is None else check.vector("image_weights", image_weights, m, problem.x, dtype),
+        None if text_weights is None else check.vector("text_weights", text_weights, n, problem.x, dtype),
+    )
+    t = tile.softmax(problem, rows=directions != "text", cols=directions != "image", gap=eps > 0)
+    losses = t.nll if t.gap is None else t.nll + eps * t.gap
+    return combine(losses, t.targets, t.lengths, weights, reduction)
 
 
 def _unit(name: str, features: Tensor) -> Tensor:

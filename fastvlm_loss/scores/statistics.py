@@ -5,6 +5,7 @@ A state is one tensor `[fields, L]`: the rows first, then the columns, each pres
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -69,29 +70,28 @@ class Softmax:
 
     def finish(self, state: Tensor, targets: Tensor | None) -> tuple[Tensor, ...]:
         """`(nll,)` or `(nll, gap)`, each `[L]`; 0 where there is no target. `targets` None means one each."""
-        positive = state[2] if targets is None else state[2] / targets
+        m, l, p, *candidates = state.unbind()  # noqa: E741
+        positive = p if targets is None else p / targets
         # the order matters: m - p first, or a loss near 0 drowns in the size of m (2e-7 against 3e-6 at scale 100)
-        out = [(state[0] - positive) + state[1].log()]
-        if self.gap:
-            out.append(positive - state[3] / state[4])
+        out = [(m - positive) + l.log()]
+        if candidates:
+            out.append(positive - candidates[0] / candidates[1])
         return tuple(out if targets is None else [torch.where(targets > 0, v, 0.0) for v in out])
 
     def gradient_operands(self, state: Tensor, targets: Tensor | None, cotangents: tuple[Tensor, ...]) -> Tensor:
         """Vectors `[operands, L]` of the gradient tile for cotangents of what `finish` returned."""
+        m, l, _, *candidates = state.unbind()  # noqa: E741
         nll = cotangents[0]
-        hit = nll - cotangents[1] if self.gap else nll
-        soft, top = nll / state[1], state[0]
-        rows = [top, soft, hit]
-        if self.gap:
-            rows.append(cotangents[1] / state[4])
-        if targets is not None:
-            # no target: no gradient; no candidate: m = -inf and l = n = 0
-            rows[2] = hit / targets
-            rows[1:] = [torch.where(targets > 0, v, 0.0) for v in rows[1:]]
-            rows[0] = torch.where(top == -torch.inf, 0.0, top)
-        return torch.stack(rows)
+        soft, hit = [nll / l], [nll - cotangents[1] if candidates else nll]
+        candidate = [cotangents[1] / candidates[1]] if candidates else []
+        if targets is None:
+            return torch.stack([m, *soft, *hit, *candidate])
+        # no target: no gradient; no candidate: m = -inf and l = n = 0
+        known = [torch.where(targets > 0, v, 0.0) for v in (*soft, hit[0] / targets, *candidate)]
+        return torch.stack([torch.where(m == -torch.inf, 0.0, m), *known])
 
 
+@functools.cache
 def decode(name: str, flags: int) -> Softmax:
     """The statistic that `name` and `flags` stand for at the op boundary."""
     if name != Softmax.name:
