@@ -51,8 +51,10 @@ struct Softmax {
 struct Core {
   const char* name;
   const Products* f32;
-  const Products* bf16;  // null: bf16 features are widened while packing
+  const Products* bf16;  // for bf16 features; the fp32 ones, which widen while packing, where the CPU has none
   const Softmax* softmax;
+  // out[i] = factor * sums[i] in `type`, rounded to nearest even; may run in place.
+  void (*deliver)(const float* sums, Type type, int64_t n, float factor, void* out);
 };
 
 const Core& core();  // the best one this CPU runs; FASTVLM_LOSS_CPU_ISA=base|avx2|avx512|avx512+bf16 may only lower it

@@ -54,34 +54,44 @@ void known(const std::string& epilogue) {
   STD_TORCH_CHECK(epilogue == "softmax", "epilogue: got ", epilogue, ", wanted softmax");
 }
 
+// [rows, cols] beside `like`, or nothing.
+Tensor empty(const Tensor& like, bool wanted, int64_t rows, int64_t cols) {
+  return wanted ? torch::stable::new_empty(like, {rows, cols}) : torch::stable::new_empty(like, {0});
+}
+
 int64_t length(const fastvlm::Problem& p, int64_t flags) {
   return (flags & fastvlm::kRows ? p.m : 0) + (flags & fastvlm::kCols ? p.n : 0);
 }
 
-Tensor softmax_statistics(const Tensor& x, const Tensor& y, const Tensor& scale, const Optional& bias,
+std::tuple<Tensor, Tensor> softmax_statistics(const Tensor& x, const Tensor& y, const Tensor& scale, const Optional& bias,
                           const Optional& target, const Optional& row_id, const Optional& col_id,
-                          std::string epilogue, int64_t flags) {
+                          std::string epilogue, int64_t flags, bool keep) {
   known(epilogue);
-  const auto p = problem(x, y, scale, bias, target, row_id, col_id);
+  auto p = problem(x, y, scale, bias, target, row_id, col_id);
   const int64_t fields = flags & fastvlm::kGap ? 5 : 3;
   Tensor state = torch::stable::new_empty(scale, {fields, length(p, flags)});
+  Tensor products = empty(scale, keep, p.m, p.n);
+  p.products = keep ? static_cast<float*>(products.mutable_data_ptr()) : nullptr;
   fastvlm::softmax_statistics(p, flags, static_cast<float*>(state.mutable_data_ptr()));
-  return state;
+  return {state, products};
 }
 
 std::tuple<Tensor, Tensor, Tensor> softmax_gradient(const Tensor& x, const Tensor& y, const Tensor& scale,
                                                     const Optional& bias, const Optional& target,
                                                     const Optional& row_id, const Optional& col_id,
-                                                    const Tensor& operands, const Optional& unit,
-                                                    std::string epilogue, int64_t flags, bool need_x, bool need_y,
+                                                    const Tensor& products, const Tensor& operands,
+                                                    const Optional& unit, std::string epilogue, int64_t flags, bool need_x, bool need_y,
                                                     bool need_sums) {
   known(epilogue);
-  const auto p = problem(x, y, scale, bias, target, row_id, col_id);
+  auto p = problem(x, y, scale, bias, target, row_id, col_id);
+  STD_TORCH_CHECK(products.scalar_type() == ScalarType::Float && products.is_contiguous() &&
+                      (products.numel() == 0 || products.numel() == p.m * p.n),
+                  "products: wanted contiguous float32 [M, N], or nothing");
+  if (products.numel()) p.products = static_cast<float*>(products.mutable_data_ptr());
   STD_TORCH_CHECK(operands.scalar_type() == ScalarType::Float && operands.is_contiguous() &&
                       operands.numel() == (flags & fastvlm::kGap ? 4 : 3) * length(p, flags),
                   "operands: wanted contiguous float32 [3 or 4, L]");
-  Tensor dx = torch::stable::new_empty(x, need_x ? std::initializer_list<int64_t>{p.m, p.d} : std::initializer_list<int64_t>{0});
-  Tensor dy = torch::stable::new_empty(y, need_y ? std::initializer_list<int64_t>{p.n, p.d} : std::initializer_list<int64_t>{0});
+  Tensor dx = empty(x, need_x, p.m, p.d), dy = empty(y, need_y, p.n, p.d);
   Tensor sums = torch::stable::new_empty(scale, {2});
   fastvlm::softmax_gradient(p, flags, static_cast<const float*>(operands.const_data_ptr()), unit ? number("unit", *unit) : 1.f,
                             need_x ? dx.mutable_data_ptr() : nullptr, need_y ? dy.mutable_data_ptr() : nullptr,

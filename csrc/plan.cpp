@@ -51,11 +51,11 @@ struct Pack {
   static int64_t steps(Type t, int64_t k) { return t == Type::f32 ? k : round_up(k, 2); }  // bf16 holds pairs
 };
 
-const Products* products_for(Type type) { return type == Type::bf16 && core().bf16 ? core().bf16 : core().f32; }
+const Products* products_for(Type type) { return type == Type::bf16 ? core().bf16 : core().f32; }
 
 struct Plan {
   const Problem& p;
-  const int64_t flags;
+  const bool recall;  // the products are already in p.products
   const Products* q = products_for(p.type);
   const int64_t rows_macro = macro_side(p.m), cols_macro = macro_side(p.n);
   // small batches get smaller tiles, so that every thread has one
@@ -72,13 +72,28 @@ struct Plan {
   void macros(const F& f) {
     for (int64_t c = 0; c < p.n; c += cols_macro) {
       const Range cols{c, std::min(cols_macro, p.n - c)};
-      right.fill(features(p.y, c), p.type, p.d, 1, cols.size, p.d);
+      if (!recall) right.fill(features(p.y, c), p.type, p.d, 1, cols.size, p.d);
       for (int64_t r = 0; r < p.m; r += rows_macro) {
         const Range rows{r, std::min(rows_macro, p.m - r)};
-        if (r || c == 0 || rows.size < p.m) left.fill(features(p.x, r), p.type, p.d, 1, rows.size, p.d);
+        if (!recall && (c == 0 || rows.size < p.m)) left.fill(features(p.x, r), p.type, p.d, 1, rows.size, p.d);
         f(rows, cols);
       }
     }
+  }
+
+  void make_products(const Tile& t, int64_t r, int64_t c, float* kept) {
+    if (recall) {
+      for (int64_t i = 0; i < t.rows; ++i) {
+        std::memcpy(t.products + i * t.ld, kept + i * p.n, t.cols * sizeof(float));
+        std::fill(t.products + i * t.ld + t.cols, t.products + (i + 1) * t.ld, 0.f);
+      }
+      return;
+    }
+    for (int64_t k = 0; k < p.d; k += kStepK)
+      q->multiply(left.from(r, k), left.panel, right.from(c, k), right.panel, std::min(kStepK, p.d - k), t.products,
+                  t.ld, round_up(t.rows, q->mr), t.padded, k > 0);
+    for (int64_t i = 0; kept && i < t.rows; ++i)
+      std::memcpy(kept + i * p.n, t.products + i * t.ld, t.cols * sizeof(float));
   }
 
   // Calls f(task, tile, row, col) for every tile of a macro-tile, in parallel; row and col are its place in it.
@@ -95,9 +110,7 @@ struct Plan {
       t.ld = t.padded;
       t.products = scores.at<float>(round_up(t.rows, q->mr) * t.ld);
       t.scale = p.scale, t.bias = p.bias;
-      for (int64_t k = 0; k < p.d; k += kStepK)
-        q->multiply(left.from(r, k), left.panel, right.from(c, k), right.panel, std::min(kStepK, p.d - k), t.products,
-                    t.ld, round_up(t.rows, q->mr), t.padded, k > 0);
+      make_products(t, r, c, p.products ? p.products + (rows.begin + r) * p.n + cols.begin + c : nullptr);
       int64_t* target = targets.at<int64_t>(t.rows);
       for (int64_t i = 0; i < t.rows; ++i) {
         const int64_t row = rows.begin + r + i, hit = p.target ? p.target[row] : row;
@@ -110,9 +123,12 @@ struct Plan {
     });
   }
 
-  // C [rows, d] += A B over k: A packed by each task from the gradient workspace, B packed before.
-  void accumulate(const void* g, int64_t row_stride, int64_t k_stride, int64_t rows, int64_t k, Pack& b, float* c) {
-    const int64_t wide = std::max<int64_t>(1, std::min(p.d / 128, divide_up(16 * tile_rows, rows)));
+  // C [rows, d] (+)= A B over k: A packed by each task from the gradient workspace, B packed before. How the work is
+  // cut does not change the order of any sum, so it may follow the number of threads.
+  void accumulate(const void* g, int64_t row_stride, int64_t k_stride, int64_t rows, int64_t k, Pack& b, float* c,
+                  bool onto) {
+    const int64_t wanted = divide_up(2 * torch::stable::get_num_threads(), divide_up(rows, tile_rows));
+    const int64_t wide = std::max<int64_t>(1, std::min(p.d / 128, wanted));
     const int64_t cols = round_up(divide_up(p.d, wide), q->nr), across = divide_up(p.d, cols);
     parallel(divide_up(rows, tile_rows) * across, [&](int64_t task) {
       const int64_t r = task / across * tile_rows, d = task % across * cols;
@@ -123,7 +139,7 @@ struct Plan {
         char* a = panels.at<char>(divide_up(live, q->mr) * panel * size);
         q->pack(static_cast<const char*>(g) + (r * row_stride + s * k_stride) * size, q->compute, row_stride, k_stride,
                 live, step, q->mr, a);
-        q->multiply(a, panel, b.from(d, s), b.panel, step, c + r * p.d + d, p.d, live, std::min(cols, p.d - d), true);
+        q->multiply(a, panel, b.from(d, s), b.panel, step, c + r * p.d + d, p.d, live, std::min(cols, p.d - d), onto || s > 0);
       }
     });
   }
@@ -131,28 +147,17 @@ struct Plan {
 
 // dx = factor * sums, in the features' type; may run in place.
 void deliver(const float* sums, Type type, int64_t count, float factor, void* out) {
-  constexpr int64_t kChunk = 1 << 16;
+  constexpr int64_t kChunk = 1 << 15;
   parallel(divide_up(count, kChunk), [&](int64_t chunk) {
-    const int64_t end = std::min(count, (chunk + 1) * kChunk);
-    if (type == Type::f32) {
-      for (int64_t i = chunk * kChunk; i < end; ++i) static_cast<float*>(out)[i] = sums[i] * factor;
-      return;
-    }
-    for (int64_t i = chunk * kChunk; i < end; ++i) {
-      const float v = sums[i] * factor;
-      uint32_t bits;
-      std::memcpy(&bits, &v, 4);
-      const bool nan = (bits & 0x7fffffff) > 0x7f800000;
-      bits += 0x7fff + (bits >> 16 & 1);  // round to nearest even
-      static_cast<uint16_t*>(out)[i] = nan ? 0x7fc0 : static_cast<uint16_t>(bits >> 16);
-    }
+    const int64_t from = chunk * kChunk, size = std::min(kChunk, count - from);
+    core().deliver(sums + from, type, size, factor, static_cast<char*>(out) + from * Pack::bytes(type));
   });
 }
 
 }  // namespace
 
 void softmax_statistics(const Problem& p, int64_t flags, float* state) {
-  Plan plan{p, flags};
+  Plan plan{p, false};
   const Softmax& epilogue = *core().softmax;
   const bool gap = flags & kGap;
   const int fields = gap ? 5 : 3;
@@ -210,7 +215,7 @@ void softmax_gradient(const Problem& p, int64_t flags, const float* operands, fl
     if (sums) sums[0] = sums[1] = 0.f;
     return;
   }
-  Plan plan{p, flags};
+  Plan plan{p, p.products != nullptr};
   const Softmax& epilogue = *core().softmax;
   const int vectors = flags & kGap ? 4 : 3;
   const int64_t rows_kept = flags & kRows ? p.m : 0, length = rows_kept + (flags & kCols ? p.n : 0);
@@ -221,10 +226,7 @@ void softmax_gradient(const Problem& p, int64_t flags, const float* operands, fl
   void* g = workspace.at<char>(0);
   // fp32 accumulators: the outputs themselves where those are fp32; of y one macro-tile's columns at a time
   float* dx_sums = nullptr;
-  if (dx) {
-    dx_sums = half ? x_sums.at<float>(p.m * p.d) : static_cast<float*>(dx);
-    std::memset(dx_sums, 0, p.m * p.d * sizeof(float));
-  }
+  if (dx) dx_sums = half ? x_sums.at<float>(p.m * p.d) : static_cast<float*>(dx);
   Pack x_right{plan.q, plan.q->nr}, y_right{plan.q, plan.q->nr};
   Sums total;
   std::vector<Sums> parts;
@@ -245,13 +247,12 @@ void softmax_gradient(const Problem& p, int64_t flags, const float* operands, fl
     for (const Sums& part : parts) total.gc += part.gc, total.g += part.g;
     if (dx) {
       if (rows.begin == 0) y_right.fill(plan.features(p.y, cols.begin), p.type, 1, p.d, p.d, cols.size);
-      plan.accumulate(g, g_ld, 1, rows.size, cols.size, y_right, dx_sums + rows.begin * p.d);
+      plan.accumulate(g, g_ld, 1, rows.size, cols.size, y_right, dx_sums + rows.begin * p.d, cols.begin > 0);
     }
     if (dy) {
       float* dy_sums = half ? y_sums.at<float>(cols.size * p.d) : static_cast<float*>(dy) + cols.begin * p.d;
-      if (rows.begin == 0) std::memset(dy_sums, 0, cols.size * p.d * sizeof(float));
       x_right.fill(plan.features(p.x, rows.begin), p.type, 1, p.d, p.d, rows.size);
-      plan.accumulate(g, 1, g_ld, cols.size, rows.size, x_right, dy_sums);
+      plan.accumulate(g, 1, g_ld, cols.size, rows.size, x_right, dy_sums, rows.begin > 0);
       if (rows.begin + rows.size == p.m)
         deliver(dy_sums, p.type, cols.size * p.d, factor, static_cast<char*>(dy) + cols.begin * p.d * (half ? 2 : 4));
     }

@@ -13,6 +13,7 @@ struct Problem {
   const int64_t* target;  // null: row i has column i
   const int64_t* row_id;  // null: no ids
   const int64_t* col_id;
+  float* products;  // [m, n] of a batch small enough to keep them from forward for backward, or null
 };
 
 // state [fields, L]: rows first if kRows, then columns if kCols.

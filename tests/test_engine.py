@@ -63,12 +63,12 @@ def test_merging_shards_of_the_columns_is_the_whole(pair):
     statistic = Softmax(rows=True, cols=False, gap=True)
     target = torch.randint(0, 60, (20,))
     scale = torch.tensor(7.0, dtype=torch.float64)
-    whole = chunked.statistics(Problem(x, y, scale, None, target), statistic)
+    whole, _ = chunked.statistics(Problem(x, y, scale, None, target), statistic)
     merged = statistic.identity(x, torch.float64, 20)
     for c in range(0, 60, 25):
         inside = (target >= c) & (target < c + 25)
         shard = Problem(x, y[c : c + 25], scale, None, torch.where(inside, target - c, -1))
-        merged = torch.stack(statistic.merge(merged, chunked.statistics(shard, statistic)))
+        merged = torch.stack(statistic.merge(merged, chunked.statistics(shard, statistic)[0]))
     torch.testing.assert_close(merged, whole, rtol=1e-13, atol=1e-13)
 
 
@@ -98,10 +98,12 @@ def arguments(backend, options, pair):
 def test_opcheck(pair, live_backend, options):
     problem, backend = arguments(live_backend, options, pair)
     problem = tuple(t.detach() if t is not None else None for t in problem)
-    torch.library.opcheck(STATISTICS[backend], (*problem, "softmax", 7))
+    for keep in (True, False):
+        torch.library.opcheck(STATISTICS[backend], (*problem, "softmax", 7, keep))
     operands, unit = torch.rand(4, 40), torch.tensor(0.5)
+    products = problem[0] @ problem[1].T
     for need in ((True, True, True), (False, True, False)):
-        torch.library.opcheck(GRADIENT[backend], (*problem, operands, unit, "softmax", 7, *need))
+        torch.library.opcheck(GRADIENT[backend], (*problem, products, operands, unit, "softmax", 7, *need))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

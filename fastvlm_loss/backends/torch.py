@@ -19,22 +19,27 @@ __all__ = ["gradient", "statistics"]
 TILE = {"cpu": 1024, "cuda": 4096}
 
 
-def statistics(problem: Problem, statistic: Softmax) -> Tensor:
-    """State `[fields, L]` of all rows, then all columns."""
+def statistics(problem: Problem, statistic: Softmax, keep: bool = False) -> tuple[Tensor, Tensor]:
+    """State `[fields, L]` of all rows, then all columns; and the products `[M, N]` of a small batch, if to be kept."""
     m, n = problem.x.shape[0], problem.y.shape[0]
     rows, cols = statistic.lengths(m, n)
     state = statistic.identity(problem.x, problem.scale.dtype, rows + cols)
+    kept = state.new_empty((m, n) if keep else (0,))
     for r, c in _tiles(problem):
-        _, s, hit = _scores(problem, r, c)
+        products = _products(problem, r, c)
+        if keep:
+            kept[r, c] = products
+        s, hit = _scores(problem, products, r, c)
         for here, axis in ((r, 1),) * statistic.rows + ((slice(rows + c.start, rows + c.stop), 0),) * statistic.cols:
             merged = statistic.merge(state[:, here], statistic.partial(s, hit, axis))
             state[:, here] = torch.stack(merged)
-    return state
+    return state, kept
 
 
 def gradient(
-    problem: Problem, statistic: Softmax, operands: Tensor, unit: Tensor | None, need_x: bool, need_y: bool, need_sums: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    problem: Problem, statistic: Softmax, products: Tensor, operands: Tensor, unit: Tensor | None,
+    need_x: bool, need_y: bool, need_sums: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`dx`, `dy` (empty if not needed) and `[sum G c, sum G]` with c = <x, y>; operands come divided by `unit`."""
     x, y, dtype = problem.x, problem.y, problem.scale.dtype
     dx = x.new_zeros(x.shape if need_x else (0,), dtype=dtype)
@@ -42,10 +47,11 @@ def gradient(
     sums = x.new_zeros(2, dtype=dtype)
     rows, _ = statistic.lengths(x.shape[0], y.shape[0])
     for r, c in _tiles(problem):
-        products, s, hit = _scores(problem, r, c)
+        raw = products[r, c] if products.numel() else _products(problem, r, c)
+        s, hit = _scores(problem, raw, r, c)
         g = statistic.gradient(s, hit, operands[:, r], operands[:, rows + c.start : rows + c.stop])
         if need_sums:
-            sums += torch.stack([(g * products).sum(), g.sum()])
+            sums += torch.stack([(g * raw).sum(), g.sum()])
         if need_x:
             dx[r].addmm_(g, y[c].to(dtype))
         if need_y:
@@ -61,19 +67,22 @@ def _tiles(problem: Problem) -> Iterator[tuple[slice, slice]]:
             yield slice(r, min(r + step, m)), slice(c, min(c + step, n))
 
 
-def _scores(problem: Problem, r: slice, c: slice) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Raw products, scores (-inf where an entry is no candidate) and the target mask of one tile."""
+def _products(problem: Problem, r: slice, c: slice) -> Tensor:
     dtype = problem.scale.dtype
-    products = problem.x[r].to(dtype) @ problem.y[c].to(dtype).T
+    return problem.x[r].to(dtype) @ problem.y[c].to(dtype).T
+
+
+def _scores(problem: Problem, products: Tensor, r: slice, c: slice) -> tuple[Tensor, Tensor | None]:
+    """Scores (-inf where an entry is no candidate) and the target mask of one tile."""
     s = products * problem.scale
     if problem.bias is not None:
         s = s + problem.bias
     if problem.target is None and (r.stop <= c.start or c.stop <= r.start):
-        return products, s, None  # off the diagonal
+        return s, None  # off the diagonal
     cols = torch.arange(c.start, c.stop, device=s.device)
     target = torch.arange(r.start, r.stop, device=s.device) if problem.target is None else problem.target[r]
     hit = target[:, None] == cols[None, :]
     if problem.row_id is not None and problem.col_id is not None:
         row, col = problem.row_id[r][:, None], problem.col_id[c][None, :]
         s = s.masked_fill(((row == col) & ~hit) | (row == -1) | (col == -1), -torch.inf)
-    return products, s, hit
+    return s, hit

@@ -31,40 +31,41 @@ def _no_autocast(device: str) -> AbstractContextManager[object]:
 
 def _statistics(
     x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, target: Tensor | None,
-    row_id: Tensor | None, col_id: Tensor | None, epilogue: str, flags: int,
-) -> Tensor:  # fmt: skip
+    row_id: Tensor | None, col_id: Tensor | None, epilogue: str, flags: int, keep: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     problem = Problem(x, y, scale, bias, target, row_id, col_id)
     with _no_autocast(x.device.type):
-        return chunked.statistics(problem, decode(epilogue, flags))
+        return chunked.statistics(problem, decode(epilogue, flags), keep)
 
 
 def _gradient(
     x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, target: Tensor | None,
-    row_id: Tensor | None, col_id: Tensor | None, operands: Tensor, unit: Tensor | None, epilogue: str,
-    flags: int, need_x: bool, need_y: bool, need_sums: bool,
+    row_id: Tensor | None, col_id: Tensor | None, products: Tensor, operands: Tensor, unit: Tensor | None,
+    epilogue: str, flags: int, need_x: bool, need_y: bool, need_sums: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     problem = Problem(x, y, scale, bias, target, row_id, col_id)
     with _no_autocast(x.device.type):
-        return chunked.gradient(problem, decode(epilogue, flags), operands, unit, need_x, need_y, need_sums)
+        return chunked.gradient(problem, decode(epilogue, flags), products, operands, unit, need_x, need_y, need_sums)
 
 
-def _statistics_fake(x, y, scale, bias, target, row_id, col_id, epilogue, flags):  # type: ignore[no-untyped-def]
+def _statistics_fake(x, y, scale, bias, target, row_id, col_id, epilogue, flags, keep):  # type: ignore[no-untyped-def]
     statistic = decode(epilogue, flags)
-    return scale.new_empty((statistic.fields, sum(statistic.lengths(x.shape[0], y.shape[0]))))
+    state = scale.new_empty((statistic.fields, sum(statistic.lengths(x.shape[0], y.shape[0]))))
+    return state, scale.new_empty((x.shape[0], y.shape[0]) if keep else (0,))
 
 
 def _gradient_fake(  # type: ignore[no-untyped-def]
-    x, y, scale, bias, target, row_id, col_id, operands, unit, epilogue, flags, need_x, need_y, need_sums
+    x, y, scale, bias, target, row_id, col_id, products, operands, unit, epilogue, flags, need_x, need_y, need_sums
 ):
     return x.new_empty(x.shape if need_x else (0,)), y.new_empty(y.shape if need_y else (0,)), scale.new_empty(2)
 
 
 for _backend in ("torch", "cpp"):
     _library.define(
-        f"statistics.{_backend}({_PROBLEM}, {_STATISTIC}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+        f"statistics.{_backend}({_PROBLEM}, {_STATISTIC}, bool keep) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,)
     )
     _library.define(
-        f"gradient.{_backend}({_PROBLEM}, Tensor operands, Tensor? unit, {_STATISTIC}, {_NEEDS})"
+        f"gradient.{_backend}({_PROBLEM}, Tensor products, Tensor operands, Tensor? unit, {_STATISTIC}, {_NEEDS})"
         " -> (Tensor, Tensor, Tensor)",
         tags=(torch.Tag.pt2_compliant_tag,),
     )
