@@ -11,6 +11,7 @@
 #include <string>
 #include <tuple>
 
+#include "finish.h"
 #include "plan.h"
 
 namespace {
@@ -63,41 +64,56 @@ int64_t length(const fastvlm::Problem& p, int64_t flags) {
   return (flags & fastvlm::kRows ? p.m : 0) + (flags & fastvlm::kCols ? p.n : 0);
 }
 
-std::tuple<Tensor, Tensor> softmax_statistics(const Tensor& x, const Tensor& y, const Tensor& scale, const Optional& bias,
-                          const Optional& target, const Optional& row_id, const Optional& col_id,
-                          std::string epilogue, int64_t flags, bool keep) {
-  known(epilogue);
-  auto p = problem(x, y, scale, bias, target, row_id, col_id);
-  const int64_t fields = flags & fastvlm::kGap ? 5 : 3;
-  Tensor state = torch::stable::new_empty(scale, {fields, length(p, flags)});
-  Tensor products = empty(scale, keep, p.m, p.n);
-  p.products = keep ? static_cast<float*>(products.mutable_data_ptr()) : nullptr;
-  fastvlm::softmax_statistics(p, flags, static_cast<float*>(state.mutable_data_ptr()));
-  return {state, products};
+// A contiguous float32 vector of `length` values, or null.
+const float* values(const char* name, const Optional& t, int64_t length) {
+  if (!t) return nullptr;
+  STD_TORCH_CHECK(t->scalar_type() == ScalarType::Float && t->numel() == length && t->is_contiguous(), name,
+                  ": wanted a contiguous float32 tensor of ", length, " values");
+  return static_cast<const float*>(t->const_data_ptr());
 }
 
-std::tuple<Tensor, Tensor, Tensor> softmax_gradient(const Tensor& x, const Tensor& y, const Tensor& scale,
-                                                    const Optional& bias, const Optional& target,
-                                                    const Optional& row_id, const Optional& col_id,
-                                                    const Tensor& products, const Tensor& operands,
-                                                    const Optional& unit, std::string epilogue, int64_t flags, bool need_x, bool need_y,
-                                                    bool need_sums) {
+float* data(const Tensor& t) { return t.numel() ? static_cast<float*>(t.mutable_data_ptr()) : nullptr; }
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> softmax_statistics(const Tensor& x, const Tensor& y, const Tensor& scale,
+                                                              const Optional& bias, const Optional& target,
+                                                              const Optional& row_id, const Optional& col_id,
+                                                              const Optional& targets, std::string epilogue,
+                                                              int64_t flags, bool keep) {
   known(epilogue);
   auto p = problem(x, y, scale, bias, target, row_id, col_id);
-  STD_TORCH_CHECK(products.scalar_type() == ScalarType::Float && products.is_contiguous() &&
-                      (products.numel() == 0 || products.numel() == p.m * p.n),
-                  "products: wanted contiguous float32 [M, N], or nothing");
-  if (products.numel()) p.products = static_cast<float*>(products.mutable_data_ptr());
-  STD_TORCH_CHECK(operands.scalar_type() == ScalarType::Float && operands.is_contiguous() &&
-                      operands.numel() == (flags & fastvlm::kGap ? 4 : 3) * length(p, flags),
-                  "operands: wanted contiguous float32 [3 or 4, L]");
+  const bool gap = flags & fastvlm::kGap;
+  const int64_t n = length(p, flags);
+  Tensor state = torch::stable::new_empty(scale, {gap ? 5 : 3, n}), products = empty(scale, keep, p.m, p.n);
+  Tensor nll = torch::stable::new_empty(scale, {n}), gaps = torch::stable::new_empty(scale, {gap ? n : 0});
+  p.products = data(products);
+  fastvlm::softmax_statistics(p, flags, static_cast<float*>(state.mutable_data_ptr()));
+  fastvlm::softmax_finish(data(state), values("targets", targets, n), n, data(nll), data(gaps));
+  return {nll, gaps, state, products};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> softmax_gradient(
+    const Tensor& x, const Tensor& y, const Tensor& scale, const Optional& bias, const Optional& target,
+    const Optional& row_id, const Optional& col_id, const Optional& targets, const Tensor& state,
+    const Tensor& products, const Tensor& d_nll, const Optional& d_gap, std::string epilogue, int64_t flags, bool need_x,
+    bool need_y) {
+  known(epilogue);
+  auto p = problem(x, y, scale, bias, target, row_id, col_id);
+  const bool gap = flags & fastvlm::kGap;
+  const int64_t n = length(p, flags);
+  STD_TORCH_CHECK(products.numel() == 0 || products.numel() == p.m * p.n, "products: wanted [M, N], or nothing");
+  STD_TORCH_CHECK(gap == d_gap.has_value(), "d_gap: wanted with the gap flag, and only then");
+  p.products = const_cast<float*>(values("products", products, products.numel()));
+  if (!products.numel()) p.products = nullptr;
+  Tensor operands = torch::stable::new_empty(scale, {gap ? 4 : 3, n});
+  fastvlm::softmax_operands(values("state", state, (gap ? 5 : 3) * n), values("targets", targets, n),
+                            values("d_nll", d_nll, n), values("d_gap", d_gap, n), n, data(operands));
   Tensor dx = empty(x, need_x, p.m, p.d), dy = empty(y, need_y, p.n, p.d);
-  Tensor sums = torch::stable::new_empty(scale, {2});
-  fastvlm::softmax_gradient(p, flags, static_cast<const float*>(operands.const_data_ptr()), unit ? number("unit", *unit) : 1.f,
-                            need_x ? dx.mutable_data_ptr() : nullptr, need_y ? dy.mutable_data_ptr() : nullptr,
-                            static_cast<float*>(sums.mutable_data_ptr()));
-  (void)need_sums;  // they come with the tiles
-  return {dx, dy, sums};
+  Tensor d_scale = torch::stable::new_empty(scale, {}), d_bias = torch::stable::new_empty(scale, {});
+  const fastvlm::Sums sums = fastvlm::softmax_gradient(p, flags, data(operands), need_x ? dx.mutable_data_ptr() : nullptr,
+                                                       need_y ? dy.mutable_data_ptr() : nullptr);
+  *data(d_scale) = static_cast<float>(sums.gc);
+  *data(d_bias) = static_cast<float>(sums.g);
+  return {dx, dy, d_scale, d_bias};
 }
 
 std::string instruction_set() { return fastvlm::core().name; }

@@ -207,19 +207,16 @@ void softmax_statistics(const Problem& p, int64_t flags, float* state) {
   }
 }
 
-void softmax_gradient(const Problem& p, int64_t flags, const float* operands, float unit, void* dx, void* dy,
-                      float* sums) {
+Sums softmax_gradient(const Problem& p, int64_t flags, const float* operands, void* dx, void* dy) {
   if (!p.m || !p.n) {
     if (dx) std::memset(dx, 0, p.m * p.d * Pack::bytes(p.type));
     if (dy) std::memset(dy, 0, p.n * p.d * Pack::bytes(p.type));
-    if (sums) sums[0] = sums[1] = 0.f;
-    return;
+    return {};
   }
   Plan plan{p, p.products != nullptr};
   const Softmax& epilogue = *core().softmax;
   const int vectors = flags & kGap ? 4 : 3;
   const int64_t rows_kept = flags & kRows ? p.m : 0, length = rows_kept + (flags & kCols ? p.n : 0);
-  const float factor = p.scale * unit;
   const bool half = p.type == Type::bf16;
   const int64_t size = Pack::bytes(plan.q->compute), g_ld = round_up(plan.cols_macro, 32);
   Buffer workspace(plan.rows_macro * g_ld * size), x_sums, y_sums;
@@ -254,11 +251,11 @@ void softmax_gradient(const Problem& p, int64_t flags, const float* operands, fl
       x_right.fill(plan.features(p.x, rows.begin), p.type, 1, p.d, p.d, rows.size);
       plan.accumulate(g, 1, g_ld, cols.size, rows.size, x_right, dy_sums, rows.begin > 0);
       if (rows.begin + rows.size == p.m)
-        deliver(dy_sums, p.type, cols.size * p.d, factor, static_cast<char*>(dy) + cols.begin * p.d * (half ? 2 : 4));
+        deliver(dy_sums, p.type, cols.size * p.d, p.scale, static_cast<char*>(dy) + cols.begin * p.d * (half ? 2 : 4));
     }
   });
-  if (dx) deliver(dx_sums, p.type, p.m * p.d, factor, dx);
-  if (sums) sums[0] = static_cast<float>(total.gc * unit), sums[1] = static_cast<float>(total.g * unit);
+  if (dx) deliver(dx_sums, p.type, p.m * p.d, p.scale, dx);
+  return total;
 }
 
 }  // namespace fastvlm

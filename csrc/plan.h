@@ -19,8 +19,8 @@ struct Problem {
 // state [fields, L]: rows first if kRows, then columns if kCols.
 void softmax_statistics(const Problem& p, int64_t flags, float* state);
 
-// operands [3 or 4, L] as the state. dx, dy in the features' type, null where not needed; sums [2], null likewise.
-void softmax_gradient(const Problem& p, int64_t flags, const float* operands, float unit, void* dx, void* dy,
-                      float* sums);
+// operands [3 or 4, L] as the state. dx, dy in the features' type, null where not needed. The sums of G times the raw
+// products, and of G, are the gradients of scale and bias.
+Sums softmax_gradient(const Problem& p, int64_t flags, const float* operands, void* dx, void* dy);
 
 }  // namespace fastvlm

@@ -91,19 +91,21 @@ def test_threads_do_not_change_a_bit(pair, dtype):
 def arguments(backend, options, pair):
     x, y = pair(20, 8)
     problem = Problem.of(x, y, 5.0, 1.0, **options)
-    return (x, y, problem.scale, problem.bias, problem.target, problem.row_id, problem.col_id), backend
+    return (x, y, problem.scale, problem.bias, problem.target, problem.row_id, problem.col_id, problem.targets()), backend
 
 
 @pytest.mark.parametrize("options", [{}, {"labels": torch.arange(20).flip(0), "image_ids": torch.arange(20) // 2}])
 def test_opcheck(pair, live_backend, options):
     problem, backend = arguments(live_backend, options, pair)
-    problem = tuple(t.detach() if t is not None else None for t in problem)
-    for keep in (True, False):
-        torch.library.opcheck(STATISTICS[backend], (*problem, "softmax", 7, keep))
-    operands, unit = torch.rand(4, 40), torch.tensor(0.5)
-    products = problem[0] @ problem[1].T
-    for need in ((True, True, True), (False, True, False)):
-        torch.library.opcheck(GRADIENT[backend], (*problem, products, operands, unit, "softmax", 7, *need))
+    *problem, targets = problem
+    targets = None if targets[0] is None else torch.cat(targets)
+    problem = (*(t.detach() if t is not None else None for t in problem), targets)
+    for flags, keep in ((7, True), (3, False)):
+        torch.library.opcheck(STATISTICS[backend], (*problem, "softmax", flags, keep))
+        nll, gap, state, products = STATISTICS[backend](*problem, "softmax", flags, keep)
+        cotangents = torch.rand_like(nll), torch.rand_like(nll) if flags & 4 else None
+        for need in ((True, True), (False, True)):
+            torch.library.opcheck(GRADIENT[backend], (*problem, state, products, *cotangents, "softmax", flags, *need))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

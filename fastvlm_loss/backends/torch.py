@@ -37,27 +37,25 @@ def statistics(problem: Problem, statistic: Softmax, keep: bool = False) -> tupl
 
 
 def gradient(
-    problem: Problem, statistic: Softmax, products: Tensor, operands: Tensor, unit: Tensor | None,
-    need_x: bool, need_y: bool, need_sums: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """`dx`, `dy` (empty if not needed) and `[sum G c, sum G]` with c = <x, y>; operands come divided by `unit`."""
+    problem: Problem, statistic: Softmax, products: Tensor, operands: Tensor, need_x: bool, need_y: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`dx`, `dy` (empty if not needed), `sum G c` with c = <x, y>, and `sum G`."""
     x, y, dtype = problem.x, problem.y, problem.scale.dtype
     dx = x.new_zeros(x.shape if need_x else (0,), dtype=dtype)
     dy = y.new_zeros(y.shape if need_y else (0,), dtype=dtype)
-    sums = x.new_zeros(2, dtype=dtype)
+    d_scale, d_bias = operands.new_zeros(()), operands.new_zeros(())
     rows, _ = statistic.lengths(x.shape[0], y.shape[0])
     for r, c in _tiles(problem):
         raw = products[r, c] if products.numel() else _products(problem, r, c)
         s, hit = _scores(problem, raw, r, c)
         g = statistic.gradient(s, hit, operands[:, r], operands[:, rows + c.start : rows + c.stop])
-        if need_sums:
-            sums += torch.stack([(g * raw).sum(), g.sum()])
+        d_scale += (g * raw).sum()
+        d_bias += g.sum()
         if need_x:
             dx[r].addmm_(g, y[c].to(dtype))
         if need_y:
             dy[c].addmm_(g.T, x[r].to(dtype))
-    factor = problem.scale if unit is None else problem.scale * unit
-    return dx.mul_(factor).to(x.dtype), dy.mul_(factor).to(y.dtype), sums if unit is None else sums * unit
+    return dx.mul_(problem.scale).to(x.dtype), dy.mul_(problem.scale).to(y.dtype), d_scale, d_bias
 
 
 def _tiles(problem: Problem) -> Iterator[tuple[slice, slice]]:

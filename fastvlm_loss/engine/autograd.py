@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..scores.statistics import Softmax, decode
+from ..scores.statistics import decode
 from . import ops
 
 __all__ = ["Statistics"]
@@ -27,51 +27,36 @@ class Statistics(torch.autograd.Function):
         ctx: Any, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, target: Tensor | None,
         row_id: Tensor | None, col_id: Tensor | None, targets: Tensor | None, backend: str, epilogue: str, flags: int,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        """Run the statistics op and finish its state."""
+        """Run the statistics op; its state and small products are for backward."""
+        problem = x, y, scale, bias, target, row_id, col_id, targets
         # a batch whose products are one small tile keeps it for backward: 6 N^2 D operations instead of 8
         keep = any(ctx.needs_input_grad[:3]) and x.shape[0] * y.shape[0] <= KEPT_PRODUCTS
-        state, products = ops.STATISTICS[backend](x, y, scale, bias, target, row_id, col_id, epilogue, flags, keep)
-        ctx.save_for_backward(x, y, scale, bias, target, row_id, col_id, targets, state, products)
-        ctx.value = backend, epilogue, flags
-        return decode(epilogue, flags).finish(state, targets)
+        nll, gap, state, products = ops.STATISTICS[backend](*problem, epilogue, flags, keep)
+        ctx.save_for_backward(*problem, state, products)
+        ctx.statistic = backend, epilogue, flags
+        return (nll, gap) if decode(epilogue, flags).gap else (nll,)
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_nll: Tensor, d_gap: Tensor | None = None) -> tuple[Tensor | None, ...]:
         """Gradients of x, y, scale and bias; what needs none costs none."""
-        with torch.no_grad():
-            found = Statistics._gradients(ctx, *cotangents)
-        if torch.is_grad_enabled():  # create_graph=True: a second derivative must fail, not be silently 0
-            anchor = next(t for t, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False) if needed)
-            found = [None if g is None else _Once.apply(g, anchor) for g in found]
-        return (*found, *(None,) * 7)
-
-    @staticmethod
-    def _gradients(ctx: Any, *cotangents: Tensor) -> list[Tensor | None]:
-        x, y, scale, bias, target, row_id, col_id, targets, state, products = ctx.saved_tensors
+        problem, (state, products) = ctx.saved_tensors[:8], ctx.saved_tensors[8:]
         need_x, need_y, need_scale, need_bias = ctx.needs_input_grad[:4]
-        backend, epilogue, flags = ctx.value
-        statistic: Softmax = decode(epilogue, flags)
-        need_sums = need_scale or (need_bias and not statistic.shift_invariant)
-        d_scale = d_bias = None
-        d_x = d_y = None
-        if need_x or need_y or need_sums:
-            operands = statistic.gradient_operands(state, targets, cotangents)
-            unit = None
-            if x.dtype == torch.float16 and operands.shape[1]:
-                # fp16 holds G in units of the largest cotangent, |G| <= 1 per direction: it neither underflows with
-                # the batch size nor overflows with a loss scaler (fp32 and bf16 have the exponents for both)
-                unit = cotangents[0].abs().amax()
-                unit = torch.where((unit > 0) & unit.isfinite(), unit, 1.0)
-                operands[1:] /= unit
-            d_x, d_y, sums = ops.GRADIENT[backend](
-                x, y, scale, bias, target, row_id, col_id, products, operands, unit, epilogue, flags,
-                need_x, need_y, need_sums,
-            )  # fmt: skip
-            d_scale = sums[0] if need_scale else None
-            d_bias = sums[1] if need_bias and not statistic.shift_invariant else None
-        if need_bias and statistic.shift_invariant:
-            d_bias = torch.zeros_like(scale)
-        return [d_x if need_x else None, d_y if need_y else None, d_scale, d_bias]
+        backend, epilogue, flags = ctx.statistic
+        shift_invariant = decode(epilogue, flags).shift_invariant
+        dx = dy = d_scale = d_bias = None
+        if need_x or need_y or need_scale or (need_bias and not shift_invariant):
+            d_nll, d_gap = d_nll.contiguous(), None if d_gap is None else d_gap.contiguous()
+            dx, dy, d_scale, d_bias = ops.GRADIENT[backend](
+                *problem, state, products, d_nll, d_gap, epilogue, flags, need_x, need_y
+            )
+        if need_bias and shift_invariant:
+            d_bias = torch.zeros_like(problem[2])
+        found = (dx if need_x else None, dy if need_y else None, d_scale if need_scale else None,
+                 d_bias if need_bias else None)  # fmt: skip
+        if torch.is_grad_enabled():  # create_graph=True: a second derivative must fail, not be silently 0
+            anchor = next(t for t, needed in zip(problem, ctx.needs_input_grad, strict=False) if needed)
+            found = tuple(None if g is None else _Once.apply(g.detach(), anchor) for g in found)
+        return (*found, *(None,) * 7)
 
 
 class _Once(torch.autograd.Function):

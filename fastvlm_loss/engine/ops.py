@@ -17,9 +17,14 @@ from ..scores.statistics import decode
 
 __all__ = ["GRADIENT", "STATISTICS"]
 
-_PROBLEM = "Tensor x, Tensor y, Tensor scale, Tensor? bias, Tensor? target, Tensor? row_id, Tensor? col_id"
-_STATISTIC = "str epilogue, int flags"
-_NEEDS = "bool need_x, bool need_y, bool need_sums"
+_PROBLEM = (
+    "Tensor x, Tensor y, Tensor scale, Tensor? bias, Tensor? target, Tensor? row_id, Tensor? col_id, Tensor? targets"
+)
+_STATISTICS = f"({_PROBLEM}, str epilogue, int flags, bool keep) -> (Tensor nll, Tensor gap, Tensor state, Tensor products)"
+_GRADIENT = (
+    f"({_PROBLEM}, Tensor state, Tensor products, Tensor d_nll, Tensor? d_gap, str epilogue, int flags, bool need_x,"
+    " bool need_y) -> (Tensor dx, Tensor dy, Tensor d_scale, Tensor d_bias)"
+)
 
 _library = torch.library.Library("fastvlm_loss", "DEF")
 
@@ -30,45 +35,48 @@ def _no_autocast(device: str) -> AbstractContextManager[object]:
 
 
 def _statistics(
-    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, target: Tensor | None,
-    row_id: Tensor | None, col_id: Tensor | None, epilogue: str, flags: int, keep: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    problem = Problem(x, y, scale, bias, target, row_id, col_id)
+    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, target: Tensor | None, row_id: Tensor | None,
+    col_id: Tensor | None, targets: Tensor | None, epilogue: str, flags: int, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    problem, statistic = Problem(x, y, scale, bias, target, row_id, col_id), decode(epilogue, flags)
     with _no_autocast(x.device.type):
-        return chunked.statistics(problem, decode(epilogue, flags), keep)
+        state, products = chunked.statistics(problem, statistic, keep)
+        nll, *gap = statistic.finish(state, targets)
+    return nll, gap[0] if gap else nll.new_empty(0), state, products
 
 
 def _gradient(
-    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, target: Tensor | None,
-    row_id: Tensor | None, col_id: Tensor | None, products: Tensor, operands: Tensor, unit: Tensor | None,
-    epilogue: str, flags: int, need_x: bool, need_y: bool, need_sums: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    problem = Problem(x, y, scale, bias, target, row_id, col_id)
+    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, target: Tensor | None, row_id: Tensor | None,
+    col_id: Tensor | None, targets: Tensor | None, state: Tensor, products: Tensor, d_nll: Tensor,
+    d_gap: Tensor | None, epilogue: str, flags: int, need_x: bool, need_y: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    problem, statistic = Problem(x, y, scale, bias, target, row_id, col_id), decode(epilogue, flags)
+    cotangents = (d_nll,) if d_gap is None else (d_nll, d_gap)
     with _no_autocast(x.device.type):
-        return chunked.gradient(problem, decode(epilogue, flags), products, operands, unit, need_x, need_y, need_sums)
+        operands = statistic.gradient_operands(state, targets, cotangents)
+        return chunked.gradient(problem, statistic, products, operands, need_x, need_y)
 
 
-def _statistics_fake(x, y, scale, bias, target, row_id, col_id, epilogue, flags, keep):  # type: ignore[no-untyped-def]
-    statistic = decode(epilogue, flags)
-    state = scale.new_empty((statistic.fields, sum(statistic.lengths(x.shape[0], y.shape[0]))))
-    return state, scale.new_empty((x.shape[0], y.shape[0]) if keep else (0,))
+def _statistics_fake(  # type: ignore[no-untyped-def]
+    x, y, scale, bias, target, row_id, col_id, targets, epilogue, flags, keep
+):
+    statistic, m, n = decode(epilogue, flags), x.shape[0], y.shape[0]
+    length = sum(statistic.lengths(m, n))
+    products = scale.new_empty((m, n) if keep else (0,))
+    gap = scale.new_empty(length if statistic.gap else 0)
+    return scale.new_empty(length), gap, scale.new_empty((statistic.fields, length)), products
 
 
 def _gradient_fake(  # type: ignore[no-untyped-def]
-    x, y, scale, bias, target, row_id, col_id, products, operands, unit, epilogue, flags, need_x, need_y, need_sums
+    x, y, scale, bias, target, row_id, col_id, targets, state, products, d_nll, d_gap, epilogue, flags, need_x, need_y
 ):
-    return x.new_empty(x.shape if need_x else (0,)), y.new_empty(y.shape if need_y else (0,)), scale.new_empty(2)
+    dx, dy = x.new_empty(x.shape if need_x else (0,)), y.new_empty(y.shape if need_y else (0,))
+    return dx, dy, scale.new_empty(()), scale.new_empty(())
 
 
 for _backend in ("torch", "cpp"):
-    _library.define(
-        f"statistics.{_backend}({_PROBLEM}, {_STATISTIC}, bool keep) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,)
-    )
-    _library.define(
-        f"gradient.{_backend}({_PROBLEM}, Tensor products, Tensor operands, Tensor? unit, {_STATISTIC}, {_NEEDS})"
-        " -> (Tensor, Tensor, Tensor)",
-        tags=(torch.Tag.pt2_compliant_tag,),
-    )
+    _library.define(f"statistics.{_backend}{_STATISTICS}", tags=(torch.Tag.pt2_compliant_tag,))
+    _library.define(f"gradient.{_backend}{_GRADIENT}", tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"fastvlm_loss::statistics.{_backend}", _statistics_fake, lib=_library)
     torch.library.register_fake(f"fastvlm_loss::gradient.{_backend}", _gradient_fake, lib=_library)
 for _device in ("CPU", "CUDA"):
