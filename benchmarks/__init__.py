@@ -1,0 +1,1 @@
+"""The benchmark of all registered losses: `python -m benchmarks --help`."""

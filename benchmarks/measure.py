@@ -1,0 +1,118 @@
+"""Time: interleaved medians, the machine's product rate as the limit, and exponents of growth."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median, quantiles
+
+import torch
+from torch import Tensor
+
+from fastvlm_loss.testing import Case, inputs
+
+__all__ = ["MODES", "ProductRate", "Timing", "features", "interleaved", "power_law", "step"]
+
+Loss = Callable[..., Tensor]
+FORWARD, BOTH = "forward", "forward + backward"
+# products of N x N x D that nobody can avoid without storing the scores: s; and s again, dX, dY
+MODES = {FORWARD: 1, BOTH: 4}
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call over the repeats; `spread` is the interquartile range."""
+
+    median: float
+    min: float
+    spread: float
+    repeats: int
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> Timing:
+        """Summary of at least one sample."""
+        low, _, high = quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else (0.0, 0.0, 0.0)
+        return cls(median(samples), min(samples), high - low, len(samples))
+
+    def scaled(self, factor: float) -> Timing:
+        """The same for `factor` times the work."""
+        return Timing(self.median * factor, self.min * factor, self.spread * factor, self.repeats)
+
+
+def features(n: int, d: int, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    """Correlated unit image and text features and a scale, all differentiable."""
+    return inputs(Case(m=n, d=d, dtype=dtype, device=device))[0]
+
+
+def step(loss: Loss, tensors: Mapping[str, Tensor], mode: str) -> tuple[Tensor, ...]:
+    """One call: the loss alone, or the gradients of all tensors."""
+    if mode == FORWARD:
+        with torch.no_grad():
+            return (loss(**tensors),)
+    return torch.autograd.grad(loss(**tensors), tuple(tensors.values()))
+
+
+def interleaved(
+    calls: Mapping[str, Callable[[], object]], rounds: int, device: str, warmup: int = 1, block: int = 1
+) -> dict[str, Timing]:
+    """Time all calls in turn, `rounds` times; whatever slows the machine for a while slows them alike.
+
+    Short calls go in blocks of `block` back to back, one sample each: alone, a call would pay for refilling the caches
+    after its neighbour.
+    """
+    names = list(calls)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    for i in range(warmup + rounds):
+        shift = i % len(names)  # nobody always follows the same neighbour, whose data fill the caches
+        for name in names[shift:] + names[:shift]:
+            taken = _seconds(calls[name], device, block)
+            if i >= warmup:
+                samples[name].append(taken)
+    return {name: Timing.of(taken) for name, taken in samples.items()}
+
+
+class ProductRate:
+    """The limit: operations at the rate of `torch.mm` of 2048 x 512 by 512 x 2048 into a preallocated output.
+
+    One call makes as many of these products as `operations` fill, at most 16; multiply its time by `factor`.
+    """
+
+    SHAPE = (2048, 512, 2048)
+    MOST = 16
+
+    def __init__(self, operations: float, dtype: torch.dtype, device: str) -> None:
+        m, k, n = self.SHAPE
+        self.a, self.b = torch.randn(m, k, device=device).to(dtype), torch.randn(k, n, device=device).to(dtype)
+        self.out = torch.empty(m, n, dtype=dtype, device=device)
+        wanted = operations / (2 * m * k * n)
+        self.products = min(max(math.ceil(wanted), 1), self.MOST)
+        self.factor = wanted / self.products
+
+    def __call__(self) -> None:
+        """Make the products."""
+        for _ in range(self.products):
+            torch.mm(self.a, self.b, out=self.out)
+
+
+def power_law(sizes: Sequence[int], values: Sequence[float]) -> tuple[float, float]:
+    """`(c, p)` of values ~ c * size^p, least squares on log-log."""
+    x, y = [math.log(v) for v in sizes], [math.log(v) for v in values]
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
+    p = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum((a - mean_x) ** 2 for a in x)
+    return math.exp(mean_y - p * mean_x), p
+
+
+def _seconds(call: Callable[[], object], device: str, block: int) -> float:
+    _wait(device)
+    start = time.perf_counter()
+    for _ in range(block):
+        call()
+    _wait(device)
+    return (time.perf_counter() - start) / block
+
+
+def _wait(device: str) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,40 @@
+"""The README's benchmark block, generated from the saved results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .report import markdown
+from .store import RESULTS, load, render
+
+__all__ = ["END", "README", "START", "block", "splice", "update"]
+
+README = Path(__file__).parents[1] / "README.md"
+START, END = "<!-- benchmark:start -->", "<!-- benchmark:end -->"
+
+
+def update(check: bool = False) -> bool:
+    """Redraw all saved results and rewrite the block, or only look (`check`); whether the README was up to date."""
+    before = README.read_text() if README.exists() else ""
+    after = splice(before, block())
+    if not check:
+        for path in sorted(RESULTS.glob("*.json")):
+            render(path)
+        README.write_text(after)
+    return before == after
+
+
+def block(folder: Path = RESULTS) -> str:
+    """What stands between the README's markers: every saved result, with its pictures."""
+    return "\n\n".join(markdown(load(path), "benchmarks/results/") for path in sorted(folder.glob("*.json")))
+
+
+def splice(readme: str, text: str) -> str:
+    """The README with `text` between its markers.
+
+    Raises:
+        ValueError: the markers are missing.
+    """
+    if START not in readme or END not in readme:
+        raise ValueError(f"README: got no markers, wanted {START} and {END}")
+    return f"{readme.partition(START)[0]}{START}\n{text}\n{END}{readme.partition(END)[2]}"

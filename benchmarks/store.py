@@ -1,0 +1,47 @@
+"""Saved results: JSON, and beside it the table and the plots drawn from it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from .report import markdown
+
+__all__ = ["RESULTS", "load", "render", "save"]
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def save(result: dict[str, Any], path: Path) -> None:
+    """JSON with one measurement a line, so that a diff can be read."""
+    path.write_text(_json(result) + "\n")
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A saved result; its name is that of the file."""
+    return {**json.loads(path.read_text()), "name": path.stem}
+
+
+def render(path: Path) -> None:
+    """Table and plots of a saved result, beside it."""
+    result = load(path)
+    path.with_suffix(".md").write_text(markdown(result) + "\n")
+    try:
+        from .plots import draw
+
+        draw(result, path.parent)
+    except ImportError as error:
+        print(f"No plots: {error}", file=sys.stderr)
+
+
+def _json(value: Any, indent: int = 0) -> str:
+    """Objects one key a line, lists one element a line, whatever is inside them on that line."""
+    pad = "\n" + " " * (indent + 1)
+    if isinstance(value, dict) and indent < 3:
+        inner = [f"{json.dumps(k)}: {_json(v, indent + 1)}" for k, v in value.items()]
+        return "{" + ",".join(pad + i for i in inner) + pad[:-1] + "}" if inner else "{}"
+    if isinstance(value, list):
+        return "[" + ",".join(pad + json.dumps(v) for v in value) + pad[:-1] + "]" if value else "[]"
+    return json.dumps(value)
