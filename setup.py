@@ -28,14 +28,22 @@ def extension() -> tuple[list[Extension], type[build_ext]]:
         def run(self) -> None:
             try:
                 super().run()
-            except Exception as error:  # noqa: BLE001: compilers fail in many ways
+            except Exception as error:
                 if WANTED == "1":
                     raise
                 warnings.warn(f"fastvlm_loss: built without its C++ library: {error}", stacklevel=1)
 
     sanitize = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g"]
     sanitize = sanitize if os.environ.get("FASTVLM_LOSS_SANITIZE") == "1" else []
-    flags = ["-O3", "-std=c++17", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing", "-fvisibility=hidden"]
+    flags = [
+        "-O3",
+        "-std=c++17",
+        "-ffp-contract=fast",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+        "-fno-strict-aliasing",
+        "-fvisibility=hidden",
+    ]
     library = CppExtension(
         "fastvlm_loss._C",
         sorted(str(p) for p in Path("csrc").glob("*.cpp")),

@@ -29,7 +29,9 @@ class LossModule(torch.nn.Module):
         names = [p.name for p in known if p.kind is p.KEYWORD_ONLY and "Tensor" not in str(p.annotation)]
         for name in options:
             if name not in names:
-                raise TypeError(f"{name}: got an unknown option of {type(self).__name__}, wanted one of {', '.join(names)}")
+                raise TypeError(
+                    f"{name}: got an unknown option of {type(self).__name__}, wanted one of {', '.join(names)}"
+                )
         self.options = options
 
     def forward(self, image_features: Tensor, text_features: Tensor, *args: Any, **tensors: Any) -> Tensor:

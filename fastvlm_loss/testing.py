@@ -1,8 +1,8 @@
 """Inputs, error budgets and poisoned memory for testing a loss: ours, yours, on any device and backend.
 
-    from fastvlm_loss.losses import registry
-    from fastvlm_loss.testing import Case, violations
-    assert not violations(registry["clip_loss"], Case(m=129, d=64, dtype=torch.bfloat16, device="cuda"))
+from fastvlm_loss.losses import registry
+from fastvlm_loss.testing import Case, violations
+assert not violations(registry["clip_loss"], Case(m=129, d=64, dtype=torch.bfloat16, device="cuda"))
 """
 
 from __future__ import annotations
@@ -119,21 +119,24 @@ def violations(spec: LossSpec, case: Case) -> list[str]:
         error = (value.double() - reference).abs().amax().item()
         budget = 2 * (dense[name].double() - reference).abs().amax().item() + floor
         if not error <= budget:
-            found.append(f"{name}: error {error:.2e} over a budget of {budget:.2e} (largest value {size:.2e}) in {case}")
+            found.append(
+                f"{name}: error {error:.2e} over a budget of {budget:.2e} (largest value {size:.2e}) in {case}"
+            )
     return found
 
 
 @contextmanager
 def poison() -> Iterator[None]:
     """Uninitialised memory is NaN inside the block, so that a read before a write cannot go unnoticed."""
-    before = torch.utils.deterministic.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
+    settings: Any = torch.utils.deterministic
+    before = settings.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    settings.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
     finally:
-        torch.utils.deterministic.fill_uninitialized_memory = before[0]
+        settings.fill_uninitialized_memory = before[0]
         torch.use_deterministic_algorithms(before[1], warn_only=warn_only)
 
 

@@ -35,13 +35,14 @@ try:
 except ImportError:
     tl = _stand_in
 
-    class jit:  # noqa: N801: stands in for the decorator
+    class jit:
         """Without Triton a tile function only carries its source, for `as_torch`."""
 
         def __init__(self, fn: Callable[..., Any]) -> None:
             self.fn = fn
 
         def __call__(self, *_: Any, **__: Any) -> Any:
+            """Only Triton could."""
             raise RuntimeError(f"{self.fn.__name__} is a Triton function and Triton is not installed")
 
     HAS_TRITON = False

@@ -1,11 +1,10 @@
-"""Run by test_kernels.py in a process of its own: the softmax tile functions in Triton's interpreter against PyTorch."""
+"""Run by test_kernels.py in its own process: the softmax tile functions in Triton's interpreter against PyTorch."""
 
 import sys
 
 import torch
 import triton
 import triton.language as tl
-
 from fastvlm_loss.kernels.epilogues import softmax
 from fastvlm_loss.kernels.lang import as_torch
 

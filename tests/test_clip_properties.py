@@ -106,7 +106,11 @@ def test_without_grad_nothing_is_kept(pair):
 
 def test_shape_and_kind_of_the_scale(pair):
     x, y = pair(30)
-    for scale in (torch.tensor([10.0]), torch.tensor(10.0, dtype=torch.bfloat16), torch.tensor([10.0], dtype=torch.float64)):
+    for scale in (
+        torch.tensor([10.0]),
+        torch.tensor(10.0, dtype=torch.bfloat16),
+        torch.tensor([10.0], dtype=torch.float64),
+    ):
         scale.requires_grad_()
         loss = clip_loss(x, y, scale)
         assert loss.shape == () and loss.dtype == torch.float32
@@ -289,5 +293,7 @@ def test_module_holds_the_functions_options(pair):
     assert torch.equal(module(x, y, 10.0), expected)
     assert torch.equal(module(image_features=x, text_features=y, logit_scale=10.0), expected)
     assert "label_smoothing=0.1" in repr(module)
-    with pytest.raises(TypeError, match="temperature: got an unknown option of CLIPLoss, wanted one of label_smoothing"):
+    with pytest.raises(
+        TypeError, match="temperature: got an unknown option of CLIPLoss, wanted one of label_smoothing"
+    ):
         CLIPLoss(temperature=1)

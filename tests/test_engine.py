@@ -91,7 +91,16 @@ def test_threads_do_not_change_a_bit(pair, dtype):
 def arguments(backend, options, pair):
     x, y = pair(20, 8)
     problem = Problem.of(x, y, 5.0, 1.0, **options)
-    return (x, y, problem.scale, problem.bias, problem.target, problem.row_id, problem.col_id, problem.targets()), backend
+    return (
+        x,
+        y,
+        problem.scale,
+        problem.bias,
+        problem.target,
+        problem.row_id,
+        problem.col_id,
+        problem.targets(),
+    ), backend
 
 
 @pytest.mark.parametrize("options", [{}, {"labels": torch.arange(20).flip(0), "image_ids": torch.arange(20) // 2}])
@@ -102,7 +111,7 @@ def test_opcheck(pair, live_backend, options):
     problem = (*(t.detach() if t is not None else None for t in problem), targets)
     for flags, keep in ((7, True), (3, False)):
         torch.library.opcheck(STATISTICS[backend], (*problem, "softmax", flags, keep))
-        nll, gap, state, products = STATISTICS[backend](*problem, "softmax", flags, keep)
+        nll, _, state, products = STATISTICS[backend](*problem, "softmax", flags, keep)
         cotangents = torch.rand_like(nll), torch.rand_like(nll) if flags & 4 else None
         for need in ((True, True), (False, True)):
             torch.library.opcheck(GRADIENT[backend], (*problem, state, products, *cotangents, "softmax", flags, *need))
@@ -136,7 +145,7 @@ def test_labels_are_checked_in_a_compiled_graph(pair):
     x, y = pair(8)
     compiled = torch.compile(lambda labels: clip_loss(x, y, 5.0, labels=labels), fullgraph=True)
     torch.testing.assert_close(compiled(torch.arange(8)), clip_loss(x, y, 5.0))
-    with pytest.raises(RuntimeError, match="out of (range|bounds)"):
+    with pytest.raises(RuntimeError, match=r"out of (range|bounds)"):
         compiled(torch.arange(8) + 1)
 
 

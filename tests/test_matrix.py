@@ -9,7 +9,10 @@ from fastvlm_loss.backends import cpp
 from fastvlm_loss.losses import registry
 from fastvlm_loss.testing import Case, poison, violations
 
-BACKENDS = {"torch": [torch.float64, torch.float32, torch.bfloat16, torch.float16], "cpp": [torch.float32, torch.bfloat16]}
+BACKENDS = {
+    "torch": [torch.float64, torch.float32, torch.bfloat16, torch.float16],
+    "cpp": [torch.float32, torch.bfloat16],
+}
 SPECS = list(registry.values())
 
 
@@ -50,7 +53,9 @@ def test_scale_and_bias(spec, backend, dtype):
     found = []
     for scale, bias, shape in itertools.product((1e-3, 1.0, 100.0, 1e4), (None, 10.0), ((), (1,))):
         for noise in (0.2, 2.0):
-            case = Case(m=65, d=64, dtype=dtype, scale=scale, bias=bias, scale_shape=shape, noise=noise, backend=backend)
+            case = Case(
+                m=65, d=64, dtype=dtype, scale=scale, bias=bias, scale_shape=shape, noise=noise, backend=backend
+            )
             found += violations(spec, case)
     assert not found
 

@@ -51,11 +51,11 @@ class Statistics(torch.autograd.Function):
             )
         if need_bias and shift_invariant:
             d_bias = torch.zeros_like(problem[2])
-        found = (dx if need_x else None, dy if need_y else None, d_scale if need_scale else None,
-                 d_bias if need_bias else None)  # fmt: skip
+        given = (dx, need_x), (dy, need_y), (d_scale, need_scale), (d_bias, need_bias)
+        found = [gradient if needed else None for gradient, needed in given]
         if torch.is_grad_enabled():  # create_graph=True: a second derivative must fail, not be silently 0
             anchor = next(t for t, needed in zip(problem, ctx.needs_input_grad, strict=False) if needed)
-            found = tuple(None if g is None else _Once.apply(g.detach(), anchor) for g in found)
+            found = [None if g is None else _Once.apply(g.detach(), anchor) for g in found]
         return (*found, *(None,) * 7)
 
 
@@ -64,8 +64,10 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, gradient: Tensor, anchor: Tensor) -> Tensor:
+        """The gradient, tied to what it depends on."""
         return gradient.view_as(gradient)
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor, Tensor]:
+        """Refuse."""
         raise RuntimeError("fastvlm_loss: no second derivatives; compute this loss under fastvlm_loss.backend('dense')")

@@ -20,7 +20,9 @@ __all__ = ["GRADIENT", "STATISTICS"]
 _PROBLEM = (
     "Tensor x, Tensor y, Tensor scale, Tensor? bias, Tensor? target, Tensor? row_id, Tensor? col_id, Tensor? targets"
 )
-_STATISTICS = f"({_PROBLEM}, str epilogue, int flags, bool keep) -> (Tensor nll, Tensor gap, Tensor state, Tensor products)"
+_STATISTICS = (
+    f"({_PROBLEM}, str epilogue, int flags, bool keep) -> (Tensor nll, Tensor gap, Tensor state, Tensor products)"
+)
 _GRADIENT = (
     f"({_PROBLEM}, Tensor state, Tensor products, Tensor d_nll, Tensor? d_gap, str epilogue, int flags, bool need_x,"
     " bool need_y) -> (Tensor dx, Tensor dy, Tensor d_scale, Tensor d_bias)"

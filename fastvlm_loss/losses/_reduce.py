@@ -26,7 +26,13 @@ def combine(
     """
     both = all(lengths)
     weighed = any(w is not None and n for w, n in zip(weights, lengths, strict=True))
-    if not weighed and targets is None and reduction == "mean" and losses.shape[0] and (not both or lengths[0] == lengths[1]):
+    if (
+        not weighed
+        and targets is None
+        and reduction == "mean"
+        and losses.shape[0]
+        and (not both or lengths[0] == lengths[1])
+    ):
         return losses.mean()  # equal directions: the mean of their means is one mean
     if weighed or targets is not None:
         parts = [losses.new_ones(n) if w is None else w for w, n in zip(weights, lengths, strict=True) if n]

@@ -1,8 +1,8 @@
 """InfoNCE with learnable temperature, symmetric over images and texts.
 
-    s_ij = logit_scale * <image_i, text_j> + logit_bias
-    l^image_i = LSE_{j in V_i} s_ij - (1 - eps) s_i,pos - eps mean_{j in V_i} s_ij     l^text_j likewise over i
-    L = ( sum_i w_i l^image_i / sum_i w_i + sum_j v_j l^text_j / sum_j v_j ) / 2
+s_ij = logit_scale * <image_i, text_j> + logit_bias
+l^image_i = LSE_{j in V_i} s_ij - (1 - eps) s_i,pos - eps mean_{j in V_i} s_ij     l^text_j likewise over i
+L = ( sum_i w_i l^image_i / sum_i w_i + sum_j v_j l^text_j / sum_j v_j ) / 2
 """
 
 from __future__ import annotations
@@ -103,10 +103,10 @@ def _unit(name: str, features: Tensor) -> Tensor:
 
 
 def _oracle(
-    image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float, logit_bias: Tensor | float | None = None,
-    *, labels: Tensor | None = None, label_smoothing: float = 0.0, image_ids: Tensor | None = None,
-    text_ids: Tensor | None = None, image_weights: Tensor | None = None, text_weights: Tensor | None = None,
-    directions: str = "both", normalize: bool = False, reduction: str = "mean",
+    image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None = None, *, labels: Tensor | None = None, label_smoothing: float = 0.0,
+    image_ids: Tensor | None = None, text_ids: Tensor | None = None, image_weights: Tensor | None = None,
+    text_weights: Tensor | None = None, directions: str = "both", normalize: bool = False, reduction: str = "mean",
 ) -> Tensor:  # fmt: skip
     """The equation on the dense score matrix."""
     if normalize:

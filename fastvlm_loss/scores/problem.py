@@ -95,7 +95,9 @@ def _target(labels: Tensor | None, x: Tensor, y: Tensor, check_values: bool) -> 
     m, n = x.shape[0], y.shape[0]
     if labels is None:
         if m != n:
-            raise ValueError(f"labels: got None for {m} image and {n} text features, wanted the text of each image [{m}]")
+            raise ValueError(
+                f"labels: got None for {m} image and {n} text features, wanted the text of each image [{m}]"
+            )
         return None
     target = check.integers("labels", labels, m, x)
     inside = ((target >= -1) & (target < n)).all() if m else None

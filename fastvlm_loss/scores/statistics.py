@@ -58,15 +58,18 @@ class Softmax:
 
     def partial(self, s: Tensor, hit: Tensor | None, axis: int) -> tuple[Tensor, ...]:
         """State of one tile of scores along `axis`."""
-        return as_torch(epilogue.partial)(s, hit, axis, self.gap)
+        state: tuple[Tensor, ...] = as_torch(epilogue.partial)(s, hit, axis, self.gap)
+        return state
 
     def merge(self, a: tuple[Tensor, ...] | Tensor, b: tuple[Tensor, ...] | Tensor) -> tuple[Tensor, ...]:
         """State of the union of two disjoint sets of scores."""
-        return as_torch(epilogue.merge)(a, b, self.gap)
+        state: tuple[Tensor, ...] = as_torch(epilogue.merge)(a, b, self.gap)
+        return state
 
     def gradient(self, s: Tensor, hit: Tensor | None, row: Tensor, col: Tensor) -> Tensor:
         """The gradient tile, from the operands of its rows and columns."""
-        return as_torch(epilogue.gradient)(s, hit, row, col, self.rows, self.cols, self.gap)
+        g: Tensor = as_torch(epilogue.gradient)(s, hit, row, col, self.rows, self.cols, self.gap)
+        return g
 
     def finish(self, state: Tensor, targets: Tensor | None) -> tuple[Tensor, ...]:
         """`(nll,)` or `(nll, gap)`, each `[L]`; 0 where there is no target. `targets` None means one each."""
