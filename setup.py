@@ -33,7 +33,7 @@ def extension() -> tuple[list[Extension], type[build_ext]]:
                     raise
                 warnings.warn(f"fastvlm_loss: built without its C++ library: {error}", stacklevel=1)
 
-    sanitize = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g"]
+    sanitize = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g", "-DFASTVLM_POISON"]
     sanitize = sanitize if os.environ.get("FASTVLM_LOSS_SANITIZE") == "1" else []
     flags = [
         "-O3",

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <exception>
 #include <memory>
 #include <new>
@@ -30,6 +31,9 @@ class Buffer {
       data_.reset(static_cast<char*>(std::aligned_alloc(64, bytes)));
       if (!data_) throw std::bad_alloc();
       size_ = bytes;
+#ifdef FASTVLM_POISON
+      std::memset(data_.get(), 0xff, bytes);  // NaN: a read before a write must not go unnoticed
+#endif
     }
     return reinterpret_cast<T*>(data_.get());
   }

@@ -202,8 +202,8 @@ void softmax_statistics(const Problem& p, int64_t flags, float* state) {
     if (flags & kCols) merge(col_state, pad_n, cols, col_part, part_n, divide_up(rows.size, plan.tile_rows));
   });
   for (int f = 0; f < fields; ++f) {
-    if (flags & kRows) std::memcpy(state + f * length, row_state.data() + f * pad_m, p.m * sizeof(float));
-    if (flags & kCols) std::memcpy(state + f * length + rows_kept, col_state.data() + f * pad_n, p.n * sizeof(float));
+    if (flags & kRows) std::copy_n(row_state.data() + f * pad_m, p.m, state + f * length);
+    if (flags & kCols) std::copy_n(col_state.data() + f * pad_n, p.n, state + f * length + rows_kept);
   }
 }
 

@@ -5,6 +5,7 @@ Loading it registers the CPU implementation of the operators' `cpp` overloads; n
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -14,7 +15,8 @@ __all__ = ["instruction_set", "refuses", "unavailable"]
 
 def _load() -> str:
     """Load the library; the reason if that fails, else an empty string."""
-    library = Path(__file__).parents[1] / "_C.abi3.so"
+    # FASTVLM_LOSS_LIBRARY: another build of the library, for instance the one under sanitizers
+    library = Path(os.environ.get("FASTVLM_LOSS_LIBRARY") or Path(__file__).parents[1] / "_C.abi3.so")
     if not library.exists():
         return "the C++ library was not built (FASTVLM_LOSS_CPP=1 pip install --no-build-isolation . says why)"
     try:
