@@ -97,8 +97,8 @@ def _conditions(result: dict[str, Any]) -> str:
         f"Medians of {settings['repeats']} interleaved calls (small batches: 20 blocks of 10; the longest: one), "
         "all in one run of `python -m benchmarks`. The limit is 8·N²·D operations (forward alone: 2·N²·D) at the "
         "rate of `torch.mm` measured between them. Extra memory is the peak beyond inputs and gradients. With bf16 "
-        f"features, dense and open_clip run under autocast. {device}, {amount(memory)}, threads: {settings['threads']}; "
-        f"{packages}; {result['date']}."
+        f"features, dense and open_clip run under autocast. {device}, {amount(memory)}, "
+        f"threads: {settings['threads']}; {packages}; {result['date']}."
     )
 
 
