@@ -12,7 +12,7 @@ enum class Type : int { f32, bf16 };
 struct Products {
   Type compute;  // what panels and gradient tiles are stored as
   int mr, nr;
-  // Element (r, k) of the source is src[r * row_stride + k * k_stride] of `type`.
+  // Element (r, k) of the source is src[r * row_stride + k * k_stride] of `type`; one of the strides is 1.
   void (*pack)(const void* src, Type type, int64_t row_stride, int64_t k_stride, int64_t rows, int64_t k, int width,
                void* panels);
   // C [rows, cols], row stride ld, (+)= A B over k; a_panel and b_panel are the panels' strides in elements.

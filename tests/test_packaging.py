@@ -79,3 +79,13 @@ def test_a_wheel_with_cpp_serves_every_python(tree):
 def test_an_unknown_setting_is_named(tree):
     run, _ = wheel(tree, FASTVLM_LOSS_CPP="yes")
     assert run.returncode != 0 and "FASTVLM_LOSS_CPP: got 'yes', wanted auto, 0 or 1" in run.stdout + run.stderr
+
+
+def test_a_bare_checkout_works_uninstalled(tree):
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    code = f"import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n{CHECK}"
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=tree / "src", capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.startswith(str(tree / "src"))

@@ -85,8 +85,7 @@ class Problem:
 def _autocast(features: Tensor) -> Tensor:
     # features follow autocast as the operands of any matmul do; the statistics stay fp32
     kind = features.device.type
-    available = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    if available and features.dtype != torch.float64:
+    if kind != "meta" and torch.is_autocast_enabled(kind) and features.dtype != torch.float64:
         return features.to(torch.get_autocast_dtype(kind))
     return features
 

@@ -5,7 +5,6 @@ A state is one tensor `[fields, L]`: the rows first, then the columns, each pres
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -94,9 +93,12 @@ class Softmax:
         return torch.stack([torch.where(m == -torch.inf, 0.0, m), *known])
 
 
-@functools.cache
+# a table, because torch.compile traces through a cache and says so
+_BY_FLAGS = tuple(Softmax(bool(f & ROWS), bool(f & COLS), bool(f & GAP)) for f in range(8))
+
+
 def decode(name: str, flags: int) -> Softmax:
     """The statistic that `name` and `flags` stand for at the op boundary."""
-    if name != Softmax.name:
-        raise ValueError(f"epilogue: got {name!r}, wanted {Softmax.name!r}")
-    return Softmax(bool(flags & ROWS), bool(flags & COLS), bool(flags & GAP))
+    if name != Softmax.name or not 0 <= flags < len(_BY_FLAGS):
+        raise ValueError(f"epilogue: got {name!r} with flags {flags}, wanted {Softmax.name!r} with flags below 8")
+    return _BY_FLAGS[flags]
