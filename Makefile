@@ -51,7 +51,7 @@ endif
 $(STAMPS)/dependencies: pyproject.toml | $(STAMPS)/environment
 	$(PIP) install -q torch torchvision ninja wheel "setuptools>=77"
 	$(PIP) install -q --no-build-isolation -e ".[test,dev]"
-	touch $@ $(STAMPS)/package
+	touch $@
 
 # and again, without the network, when the C++ changes
 $(STAMPS)/package: setup.py $(wildcard csrc/*) $(STAMPS)/dependencies
@@ -59,4 +59,4 @@ $(STAMPS)/package: setup.py $(wildcard csrc/*) $(STAMPS)/dependencies
 	touch $@
 
 clean:
-	rm -rf build dist *.egg-info fastvlm_loss/*.so .venv
+	rm -rf build dist *.egg-info fastvlm_loss/*.so $(STAMPS) $(VENV)

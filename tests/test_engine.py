@@ -1,5 +1,7 @@
 """The engine itself: fp64 gradcheck of the kernels' maths, invariances, the op boundary, torch.compile."""
 
+import threading
+
 import pytest
 import torch
 
@@ -7,12 +9,14 @@ import fastvlm_loss
 from fastvlm_loss import CLIPLoss, clip_loss
 from fastvlm_loss.backends import cpp
 from fastvlm_loss.backends import torch as chunked
-from fastvlm_loss.engine import tile
+from fastvlm_loss.engine import autograd, tile
+from fastvlm_loss.engine.dispatch import resolve
 from fastvlm_loss.engine.ops import GRADIENT, STATISTICS
 from fastvlm_loss.losses import registry
 from fastvlm_loss.scores.problem import Problem
 from fastvlm_loss.scores.statistics import Softmax
 
+LIVE = ["torch"] + ([] if cpp.unavailable() else ["cpp"])
 needs_cpp = pytest.mark.skipif(bool(cpp.unavailable()), reason=cpp.unavailable())
 
 
@@ -103,7 +107,10 @@ def arguments(backend, options, pair):
     ), backend
 
 
-@pytest.mark.parametrize("options", [{}, {"labels": torch.arange(20).flip(0), "image_ids": torch.arange(20) // 2}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"labels": torch.arange(20).flip(0), "image_ids": torch.arange(20) // 2, "text_ids": torch.arange(20) // 2}],
+)
 def test_opcheck(pair, live_backend, options):
     problem, backend = arguments(live_backend, options, pair)
     *problem, targets = problem
@@ -156,6 +163,8 @@ def test_fake_and_meta_tensors_have_the_right_shape():
     with torch._subclasses.fake_tensor.FakeTensorMode():
         fake = clip_loss(torch.empty(6, 4, dtype=torch.bfloat16), torch.empty(6, 4, dtype=torch.bfloat16), 5.0)
         assert fake.shape == () and fake.dtype == torch.float32
+        assert clip_loss(torch.empty(6, 4), torch.empty(3, 4), 5.0, labels=torch.zeros(6).long()).shape == ()
+    assert clip_loss(x, y[:3], 5.0, labels=torch.zeros(6, device="meta").long()).shape == ()
 
 
 def test_backend_blocks_nest_and_reach_backward(pair):
@@ -166,6 +175,64 @@ def test_backend_blocks_nest_and_reach_backward(pair):
         chunk = clip_loss(x, y, 5.0)
     assert "Statistics" not in str(dense.grad_fn) and dense.item() == pytest.approx(chunk.item(), rel=1e-6)
     torch.testing.assert_close(torch.autograd.grad(chunk, x), torch.autograd.grad(dense, x))
+
+
+def test_a_backend_is_forced_for_its_thread_alone(pair):
+    x, y = pair(10)
+    entered, leave, seen = threading.Event(), threading.Event(), []
+
+    def other():
+        with fastvlm_loss.backend("dense"):
+            entered.set()
+            leave.wait()
+            seen.append("Statistics" not in str(clip_loss(x, y, 5.0).grad_fn))
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    entered.wait()
+    with fastvlm_loss.backend("torch"):
+        leave.set()
+        thread.join()
+        assert resolve(x.device, x.dtype) == "torch"
+    assert seen == [True] and resolve(x.device, torch.float64) == "torch"
+
+
+def test_autocast_changes_no_backends_meaning(pair):
+    x, y = pair(64)
+    values = []
+    for name in ("dense", *LIVE):
+        with fastvlm_loss.backend(name), torch.autocast("cpu", torch.bfloat16):
+            values.append(clip_loss(x, y, 100.0))
+    for value in values[1:]:
+        torch.testing.assert_close(value, values[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_over_the_loss(pair, reentrant):
+    x, y = pair(30)
+    plain = torch.autograd.grad(clip_loss(x, y, 5.0), (x, y))
+    torch.utils.checkpoint.checkpoint(lambda a, b: clip_loss(a, b, 5.0), x, y, use_reentrant=reentrant).backward()
+    assert torch.equal(x.grad, plain[0]) and torch.equal(y.grad, plain[1])
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_frozen_tower_costs_nothing_in_backward(pair, live_backend, keep, monkeypatch):
+    if not keep:
+        monkeypatch.setattr(autograd, "KEPT_PRODUCTS", 0)
+    x, y = pair(20)
+    asked = []
+    real = GRADIENT[live_backend]
+    monkeypatch.setitem(GRADIENT, live_backend, lambda *a: asked.append(a[-2:]) or real(*a))
+    for frozen_x, frozen_y in ((True, False), (False, True), (True, True)):
+        a, b = (t.detach() if frozen else t for t, frozen in ((x, frozen_x), (y, frozen_y)))
+        scale = torch.tensor(5.0, requires_grad=True)
+        with fastvlm_loss.backend(live_backend):
+            clip_loss(a, b, scale).backward()
+        assert asked.pop() == (not frozen_x, not frozen_y)
+    problem, _ = arguments(live_backend, {}, pair)
+    state = STATISTICS[live_backend](*problem[:7], None, "softmax", 3, keep)[2:]
+    dx, dy, *_ = real(*problem[:7], None, *state, torch.rand(40), None, "softmax", 3, False, True)
+    assert dx.shape == (0,) and dy.shape == (20, 8)
 
 
 def test_registering_twice_is_refused():

@@ -1,5 +1,6 @@
 """Every error is one line that names the argument, what it got and what it wanted, before any work."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -31,7 +32,16 @@ CASES = [
     (TypeError, "labels: got a float32", lambda: clip_loss(X, Y, 1.0, labels=torch.zeros(4))),
     (TypeError, "image_ids: got a float32", lambda: clip_loss(X, Y, 1.0, image_ids=torch.zeros(4))),
     (ValueError, r"text_ids: got .*\[5\], wanted shape \[4\]", lambda: clip_loss(X, Y, 1.0, text_ids=torch.arange(5))),
-    (ValueError, "text_ids: got None for 4 image and 3 text", lambda: clip_loss(X, Y[:3], 1.0, labels=torch.zeros(4).long(), image_ids=torch.arange(4))),
+    (ValueError, "text_ids: got None beside labels", lambda: clip_loss(X, Y[:3], 1.0, labels=torch.zeros(4).long(), image_ids=torch.arange(4))),
+    (TypeError, "normalize: got str 'no', wanted True or False", lambda: clip_loss(X, Y, 1.0, normalize="no")),
+    (ValueError, "logit_scale: got 1e.39, wanted a finite number > 0 and .* <= 3.4", lambda: clip_loss(X, Y, 1e39)),
+    (ValueError, "logit_scale: got 1000", lambda: clip_loss(X, Y, 10**400)),
+    (ValueError, r"logit_scale: got .*\[1, 1\]", lambda: clip_loss(X, Y, torch.ones(1, 1))),
+    (TypeError, "image_features: got a torch.sparse_coo tensor", lambda: clip_loss(X.to_sparse(), Y, 1.0)),
+    (TypeError, "image_features: got a float8_e5m2 .* wanted float64", lambda: clip_loss(X.to(torch.float8_e5m2), Y, 1.0)),
+    (TypeError, "text_ids: got a uint64", lambda: clip_loss(X, Y, 1.0, text_ids=torch.ones(4, dtype=torch.uint64))),
+    (ValueError, "logit_bias: got NaN", lambda: clip_loss(X, Y, 1.0, torch.tensor(torch.nan), check_finite=True)),
+    (ValueError, "text_weights: got NaN .* row 1", lambda: clip_loss(X, Y, 1.0, text_weights=torch.tensor([1, torch.nan, 1, 1]), check_finite=True)),
     (ValueError, r"image_weights: got .*\[3\], wanted shape \[4\]", lambda: clip_loss(X, Y, 1.0, image_weights=torch.ones(3))),
     (TypeError, "text_weights: got a int64", lambda: clip_loss(X, Y, 1.0, text_weights=torch.ones(4).long())),
     (ValueError, r"label_smoothing: got 1.0, wanted a finite number >= 0 and < 1", lambda: clip_loss(X, Y, 1.0, label_smoothing=1.0)),
@@ -50,6 +60,10 @@ def test_the_message_names_the_argument(kind, message, call):
     with pytest.raises(kind, match=message) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+def test_numbers_of_numpy_are_numbers():
+    assert clip_loss(X, Y, np.float32(2)) == clip_loss(X, Y, np.float64(2)) == clip_loss(X, Y, 2)
 
 
 def test_check_finite_accepts_finite():

@@ -1,6 +1,9 @@
 """Every registered loss x backend x dtype x size x options: value and every gradient within the error budget."""
 
 import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -58,6 +61,37 @@ def test_scale_and_bias(spec, backend, dtype):
             )
             found += violations(spec, case)
     assert not found
+
+
+@pytest.mark.parametrize(("backend", "dtype"), [p for p in backends() if p.values[0] == "cpp"])
+@pytest.mark.parametrize(("m", "n", "d"), [(1537, 3001, 33), (3001, 1537, 40), (1700, 1700, 530)])
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
+def test_several_macro_tiles(spec, m, n, d, backend, dtype):
+    more = {"image_ids": _row_ids, "text_ids": _col_ids, "label_smoothing": 0.1}
+    found = []
+    for extra in ({}, more):
+        found += violations(spec, Case(m, d, n, dtype=dtype, options={"labels": _labels, **extra}, backend=backend))
+    assert not found
+
+
+@pytest.mark.parametrize("instructions", ["base", "avx2", "avx512", "avx512+bf16"])
+def test_every_instruction_set(instructions):
+    if cpp.unavailable():
+        pytest.skip(cpp.unavailable())
+    if os.environ.get("FASTVLM_LOSS_CPU_ISA"):
+        pytest.skip("this run has chosen one")
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", __file__, "-k", "cpp and (macro or not_square or 129)"],
+        env={**os.environ, "FASTVLM_LOSS_CPU_ISA": instructions}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-3000:]
+
+
+def test_an_unknown_instruction_set_is_named():
+    code = "import fastvlm_loss"
+    environment = {**os.environ, "FASTVLM_LOSS_CPU_ISA": "avx10"}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert cpp.unavailable() or "got 'avx10', wanted one of base, avx2" in run.stderr
 
 
 def _labels(m, n, device, g):

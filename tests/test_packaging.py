@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -74,6 +75,18 @@ def test_a_wheel_with_cpp_serves_every_python(tree):
     run, path = wheel(tree, FASTVLM_LOSS_CPP="1")
     assert path is not None and "-cp310-abi3-" in path.name, run.stdout[-2000:]
     assert installed(tree, path).startswith("live: CPU")
+
+
+def test_an_sdist_made_without_torch_holds_the_cpp_sources(tree):
+    shutil.copy(ROOT / "MANIFEST.in", tree / "src")
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", "sdist"], cwd=tree / "src", env={**os.environ, "FASTVLM_LOSS_CPP": "0"},
+        check=True, capture_output=True, timeout=120,
+    )  # fmt: skip
+    with tarfile.open(next((tree / "src" / "dist").glob("*.tar.gz"))) as archive:
+        names = archive.getnames()
+    for path in (*ROOT.glob("csrc/*"), *ROOT.glob("kernels/**/*.py")):
+        assert any(name.endswith("/" + str(path.relative_to(ROOT))) for name in names), path
 
 
 def test_an_unknown_setting_is_named(tree):

@@ -6,11 +6,14 @@ Loading it registers the CPU implementation of the operators' `cpp` overloads; n
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 
 import torch
 
 __all__ = ["instruction_set", "refuses", "unavailable"]
+
+INSTRUCTION_SETS = ("base", "avx2", "avx512", "avx512+bf16")  # what FASTVLM_LOSS_CPU_ISA may lower the choice to
 
 
 def _load() -> str:
@@ -19,6 +22,11 @@ def _load() -> str:
     library = Path(os.environ.get("FASTVLM_LOSS_LIBRARY") or Path(__file__).parents[1] / "_C.abi3.so")
     if not library.exists():
         return "the C++ library was not built (FASTVLM_LOSS_CPP=1 pip install --no-build-isolation . says why)"
+    wanted = os.environ.get("FASTVLM_LOSS_CPU_ISA")
+    if wanted is not None and wanted not in INSTRUCTION_SETS:
+        warnings.warn(
+            f"FASTVLM_LOSS_CPU_ISA: got {wanted!r}, wanted one of {', '.join(INSTRUCTION_SETS)}; ignored", stacklevel=2
+        )
     try:
         torch.ops.load_library(library)
     except (OSError, RuntimeError) as error:

@@ -39,7 +39,8 @@ class Statistics(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_nll: Tensor, d_gap: Tensor | None = None) -> tuple[Tensor | None, ...]:
         """Gradients of x, y, scale and bias; what needs none costs none."""
-        problem, (state, products) = ctx.saved_tensors[:8], ctx.saved_tensors[8:]
+        saved = ctx.saved_tensors  # once: checkpointing unpacks on access
+        problem, (state, products) = saved[:8], saved[8:]
         need_x, need_y, need_scale, need_bias = ctx.needs_input_grad[:4]
         backend, epilogue, flags = ctx.statistic
         shift_invariant = decode(epilogue, flags).shift_invariant

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,12 +14,18 @@ from ..scores.check import choice
 __all__ = ["BACKENDS", "backend", "report", "resolve"]
 
 BACKENDS = ("auto", "torch", "cpp", "dense")
-_forced = "auto"
+
+
+class _Forced(threading.local):
+    name = "auto"
+
+
+_forced = _Forced()
 
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Compute every loss called inside the block with one backend (its backward too, wherever that runs).
+    """Compute every loss this thread calls inside the block with one backend (its backward too, wherever that runs).
 
     Args:
         name: "auto" (the fastest that fits), "torch" (chunked PyTorch), "cpp" (the C++ library, CPU only)
@@ -27,24 +34,23 @@ def backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: unknown name, or a backend that is not live here, with the reason.
     """
-    global _forced
     choice("backend", name, BACKENDS)
     if name == "cpp" and cpp.unavailable():
         raise ValueError(f"backend: got 'cpp', which is not live here: {cpp.unavailable()}")
-    before, _forced = _forced, name
+    before, _forced.name = _forced.name, name
     try:
         yield
     finally:
-        _forced = before
+        _forced.name = before
 
 
 def resolve(device: torch.device, dtype: torch.dtype) -> str:
     """The backend that serves features of this device and dtype now."""
-    if _forced == "auto":
+    if _forced.name == "auto":
         return "cpp" if not cpp.unavailable() and not cpp.refuses(device, dtype) else "torch"
-    if _forced == "cpp" and cpp.refuses(device, dtype):
+    if _forced.name == "cpp" and cpp.refuses(device, dtype):
         raise ValueError(f"backend: got 'cpp' for {dtype} features on {device}, wanted {cpp.refuses(device, dtype)}")
-    return _forced
+    return _forced.name
 
 
 def report() -> dict[str, str]:

@@ -15,7 +15,7 @@ from ..backends import torch as chunked
 from ..scores.problem import Problem
 from ..scores.statistics import decode
 
-__all__ = ["GRADIENT", "STATISTICS"]
+__all__ = ["GRADIENT", "STATISTICS", "no_autocast"]
 
 _PROBLEM = (
     "Tensor x, Tensor y, Tensor scale, Tensor? bias, Tensor? target, Tensor? row_id, Tensor? col_id, Tensor? targets"
@@ -31,8 +31,9 @@ _GRADIENT = (
 _library = torch.library.Library("fastvlm_loss", "DEF")
 
 
-def _no_autocast(device: str) -> AbstractContextManager[object]:
-    # entering torch.autocast costs as much as the op itself
+def no_autocast(device: str) -> AbstractContextManager[object]:
+    """Statistics are computed in the dtypes of the `Problem`, whatever autocast says."""
+    # entering torch.autocast costs as much as the op itself, so only where it is on
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
@@ -41,7 +42,7 @@ def _statistics(
     col_id: Tensor | None, targets: Tensor | None, epilogue: str, flags: int, keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     problem, statistic = Problem(x, y, scale, bias, target, row_id, col_id), decode(epilogue, flags)
-    with _no_autocast(x.device.type):
+    with no_autocast(x.device.type):
         state, products = chunked.statistics(problem, statistic, keep)
         nll, *gap = statistic.finish(state, targets)
     return nll, gap[0] if gap else nll.new_empty(0), state, products
@@ -54,7 +55,7 @@ def _gradient(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     problem, statistic = Problem(x, y, scale, bias, target, row_id, col_id), decode(epilogue, flags)
     cotangents = (d_nll,) if d_gap is None else (d_nll, d_gap)
-    with _no_autocast(x.device.type):
+    with no_autocast(x.device.type):
         operands = statistic.gradient_operands(state, targets, cotangents)
         return chunked.gradient(problem, statistic, products, operands, need_x, need_y)
 

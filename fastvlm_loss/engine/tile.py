@@ -12,6 +12,7 @@ from ..scores.problem import Problem
 from ..scores.statistics import Softmax
 from .autograd import Statistics
 from .dispatch import resolve
+from .ops import no_autocast
 
 __all__ = ["SoftmaxTile", "softmax"]
 
@@ -54,7 +55,8 @@ def softmax(problem: Problem, *, rows: bool = True, cols: bool = True, gap: bool
     targets = torch.cat(present) if present else None
     backend = resolve(p.x.device, p.x.dtype)
     if backend == "dense":
-        vectors = dense.finished(p, statistic)
+        with no_autocast(p.x.device.type):
+            vectors = dense.finished(p, statistic)
     else:
         vectors = Statistics.apply(
             p.x, p.y, p.scale, p.bias, p.target, p.row_id, p.col_id, targets, backend, statistic.name, statistic.flags

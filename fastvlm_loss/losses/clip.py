@@ -53,9 +53,10 @@ def clip_loss(
             with several images takes the mean over them; one with none is dropped from the text direction.
         label_smoothing: eps in [0, 1), mass spread evenly over the valid candidates.
         image_ids, text_ids: int `[M]`, `[N]`. An equal id marks a false negative: the entry leaves the candidates
-            unless it is the target. -1 takes a sample out altogether. One of them alone serves both (M = N).
+            unless it is the target. -1 takes a sample out of the loss (NaN in its features still reaches the
+            gradients). One of them alone serves both, where there are no labels.
         image_weights, text_weights: `[M]`, `[N]`, weight of each anchor in its direction's mean; a weight of 0
-            removes the anchor, not the negative.
+            removes the anchor, not the negative. Meant to be >= 0; not checked.
         directions: "both", "image" (each image chooses among the texts) or "text".
         normalize: L2-normalise the features first (differentiably).
         reduction: "mean" (weighted mean of each direction, then their mean), "sum", or "none" (`[M]`; `[N]` for
@@ -77,7 +78,7 @@ def clip_loss(
     eps = check.number("label_smoothing", label_smoothing, low=0.0, below=1.0)
     if group is not None:
         raise ValueError(f"group: got {type(group).__name__}, wanted None (one process; gather the features yourself)")
-    if normalize:
+    if check.flag("normalize", normalize):
         image_features, text_features = _unit("image_features", image_features), _unit("text_features", text_features)
     problem = Problem.of(
         image_features, text_features, logit_scale, logit_bias,
@@ -91,6 +92,10 @@ def clip_loss(
         None if image_weights is None else check.vector("image_weights", image_weights, m, problem.x, dtype),
         None if text_weights is None else check.vector("text_weights", text_weights, n, problem.x, dtype),
     )
+    if check.flag("check_finite", check_finite):
+        for name, w in zip(("image_weights", "text_weights"), weights, strict=True):
+            if w is not None:
+                check.finite(name, w)
     t = tile.softmax(problem, rows=directions != "text", cols=directions != "image", gap=eps > 0)
     losses = t.nll if t.gap is None else t.nll + eps * t.gap
     return combine(losses, t.targets, t.lengths, weights, reduction)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
+import numbers
+from typing import cast
 
 import torch
 from torch import Tensor
 
-__all__ = ["alike", "choice", "features", "finite", "integers", "number", "scalar", "vector"]
+__all__ = ["alike", "choice", "features", "finite", "flag", "integers", "number", "scalar", "vector"]
+
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)  # all of which int64 holds
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def _got(value: object) -> str:
@@ -20,8 +25,10 @@ def features(name: str, value: object) -> Tensor:
     """A floating `[rows, D]` tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {_got(value)}, wanted a floating tensor of shape [rows, D]")
-    if not value.is_floating_point():
-        raise TypeError(f"{name}: got {_got(value)}, wanted a floating dtype")
+    if value.dtype not in DTYPES:
+        raise TypeError(f"{name}: got {_got(value)}, wanted float64, float32, bfloat16 or float16")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: got a {value.layout} tensor, wanted a dense one")
     if value.dim() != 2 or value.shape[1] == 0:
         raise ValueError(f"{name}: got {_got(value)}, wanted shape [rows, D] with D >= 1")
     return value
@@ -40,38 +47,44 @@ def alike(name: str, value: Tensor, other: str, base: Tensor) -> None:
 def scalar(name: str, value: object, like: Tensor, dtype: torch.dtype, positive: bool = False) -> Tensor:
     """A number or a one-element tensor as a `[]` tensor of `dtype` beside `like`, differentiable."""
     if isinstance(value, Tensor):
-        if value.numel() != 1 or not value.is_floating_point():
+        if value.numel() != 1 or value.dim() > 1 or not value.is_floating_point():
             raise ValueError(f"{name}: got {_got(value)}, wanted a floating tensor of shape [] or [1]")
         if value.device != like.device and value.device.type != "cpu":
             raise ValueError(f"{name}: got a tensor on {value.device}, wanted {like.device} or cpu")
         if value.dim():
             value = value.reshape(())
         return value if value.dtype == dtype and value.device == like.device else value.to(like.device, dtype)
-    number(name, value, above=0.0 if positive else None)
-    return torch.full((), float(value), dtype=dtype, device=like.device)  # type: ignore[arg-type]
+    most = torch.finfo(dtype).max
+    value = number(name, value, above=0.0 if positive else None, low=-most, most=most)
+    return torch.full((), value, dtype=dtype, device=like.device)
 
 
 def number(
-    name: str, value: object, above: float | None = None, low: float | None = None, below: float | None = None
-) -> float:
-    """A finite Python number, optionally `> above`, `>= low`, `< below`."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    name: str, value: object, *, above: float | None = None, low: float | None = None, below: float | None = None,
+    most: float | None = None,
+) -> float:  # fmt: skip
+    """A finite real number, optionally `> above`, `>= low`, `< below`, `<= most`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
         raise TypeError(f"{name}: got {_got(value)}, wanted a number")
-    wanted = []
-    if above is not None:
-        wanted.append(f"> {above:g}")
-    if low is not None:
-        wanted.append(f">= {low:g}")
-    if below is not None:
-        wanted.append(f"< {below:g}")
-    outside = (
-        (above is not None and not value > above)
-        or (low is not None and not value >= low)
-        or (below is not None and not value < below)
+    value = cast(float, value)
+    bounds = ((">", above), (">=", low), ("<", below), ("<=", most))
+    inside = (
+        (above is None or value > above)
+        and (low is None or value >= low)
+        and (below is None or value < below)
+        and (most is None or value <= most)
     )
-    if outside or value != value or abs(value) == math.inf:  # math.isfinite would break a compiled graph
-        raise ValueError(f"{name}: got {value!r}, wanted a finite number {' and '.join(wanted)}".rstrip())
+    if not inside or value != value or abs(value) == math.inf:  # math.isfinite would break a compiled graph
+        wanted = " and ".join(f"{sign} {bound:g}" for sign, bound in bounds if bound is not None)
+        raise ValueError(f"{name}: got {value!r}, wanted a finite number {wanted}".rstrip())
     return float(value)
+
+
+def flag(name: str, value: object) -> bool:
+    """A bool and nothing that merely counts as one."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: got {_got(value)}, wanted True or False")
+    return value
 
 
 def choice(name: str, value: object, among: tuple[str, ...]) -> str:
@@ -90,7 +103,7 @@ def vector(name: str, value: object, length: int, like: Tensor, dtype: torch.dty
 
 def integers(name: str, value: object, length: int, like: Tensor) -> Tensor:
     """An integer `[length]` tensor beside `like`, as contiguous int64."""
-    if not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+    if not isinstance(value, Tensor) or value.dtype not in INTEGERS:
         raise TypeError(f"{name}: got {_got(value)}, wanted an integer tensor of shape [{length}]")
     return _sized(name, value, length, like).to(torch.int64).contiguous()
 
