@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import random
 import tarfile
 
 import numpy as np
@@ -143,3 +144,18 @@ def test_pixel_cap_comes_before_decoding():
         decode(header_only, 16, max_pixels=1_000_000)
     with pytest.raises(BadImage, match="not a readable picture"):
         decode(header_only, 16)
+
+
+def test_damaged_archives_and_tables_are_one_line(tmp_path):
+    whole = io.BytesIO()
+    with tarfile.open(fileobj=whole, mode="w:gz") as tar:
+        info = tarfile.TarInfo("x/1.txt")
+        info.size = 200_000
+        tar.addfile(info, io.BytesIO(random.Random(0).randbytes(info.size)))
+    (tmp_path / "cut.tar.gz").write_bytes(whole.getvalue()[:100_000])
+    (tmp_path / "text.tar").write_text("no archive\n" * 100)
+    (tmp_path / "long.csv").write_text("image,caption\na.png," + "x" * 200_000 + "\n")
+    for name in ("cut.tar.gz", "text.tar", "long.csv"):
+        with pytest.raises(ValueError, match=f"data: got {name}, which is no readable") as caught:
+            files.load(tmp_path / name, 48)
+        assert "\n" not in str(caught.value)

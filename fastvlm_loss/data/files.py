@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import lzma
 import tarfile
+import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -114,12 +116,19 @@ def _table(path: Path) -> Iterator[Found]:
                 f"data: got {path.name} with the columns {list(names)}, wanted one of {', '.join(IMAGE_COLUMNS)} "
                 f"and one of {', '.join(CAPTION_COLUMNS)}"
             )
-        for row in rows:
+        for row in _readable(rows, path):
             file = path.parent / (row[image] or "").strip()
             if file.is_file():
                 yield Found(file, row[caption] or "")
             else:
                 yield Found(None, "", "with a path that is no file")
+
+
+def _readable(rows: Iterable[dict[str, str]], path: Path) -> Iterator[dict[str, str]]:
+    try:
+        yield from rows
+    except csv.Error as error:
+        raise ValueError(f"data: got {path.name}, which is no readable table ({error})") from error
 
 
 def _shards(path: Path) -> Iterator[Found]:
@@ -147,8 +156,9 @@ def _shards(path: Path) -> Iterator[Found]:
                     caption = _caption_in(content.read())
         if key:
             yield _sample(image, caption)
-    except tarfile.TarError as error:
-        raise ValueError(f"data: got {path.name}, which is no readable tar file ({error})") from error
+    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"data: got {path.name}, which is no readable tar file ({reason})") from error
 
 
 def _sample(image: bytes | None, caption: str) -> Found:

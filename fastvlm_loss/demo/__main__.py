@@ -54,7 +54,10 @@ def _demo(options: Options) -> int:
         config = config.with_data("shapes" if splits.train.name.startswith("shapes") else config.data)
         _check(config.batch_size, splits)
         run = Run.begin(config, splits.train, device)
-    options.output.mkdir(parents=True, exist_ok=True)
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output: got {options.output}, wanted a folder to write to ({error.strerror})") from error
     checkpoint = options.output / "checkpoint.pt"
     seconds, stopped = train(run, splits, checkpoint)
     if stopped:

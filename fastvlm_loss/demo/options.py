@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--size", type=_size, metavar="PIXELS", help="picture side, a multiple of 16 up to 256 (default: 48)")
     add("--output", type=Path, metavar="DIR", help="folder for the report and the checkpoint (default: runs/DATA)")
     add("--resume", type=Path, metavar="PATH", help="continue a stopped run exactly, from its checkpoint or folder")
-    add("--threads", type=_whole(1), metavar="N", help="CPU threads (default: torch's choice)")
+    add("--threads", type=_whole(1, 1024), metavar="N", help="CPU threads (default: torch's choice)")
     add(
         "--device",
         choices=("auto", "cpu", "cuda"),
@@ -115,10 +115,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _whole(least: int) -> Callable[[str], int]:
+def _whole(least: int, most: int = 10**9) -> Callable[[str], int]:
     def read(text: str) -> int:
-        if not text.strip().isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"got {text}, wanted a whole number from {least}")
+        if not text.strip().isdecimal() or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"got {text}, wanted a whole number from {least} to {most}")
         return int(text)
 
     return read

@@ -124,7 +124,7 @@ class Run:
             run.optimizer.load_state_dict(state["optimizer"])
             run.step, run.curves = state["step"], state["curves"]
         except Exception as error:  # torch.load raises as many kinds as there are ways to be damaged
-            reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
+            reason = f"{type(error).__name__}: {error}".splitlines()[0][:100]
             raise CheckpointError(f"--resume: got {path}, which is no checkpoint of this program ({reason})") from error
         return run
 
