@@ -33,7 +33,8 @@ def tree(tmp_path):
 def wheel(tree, **environment):
     run = subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "-v", "--no-build-isolation", "--no-deps", "-w", "dist", tree / "src"],
-        env={**os.environ, "FASTVLM_LOSS_CPP": "auto", **environment}, cwd=tree, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "FASTVLM_LOSS_CPP": "auto", **environment}, cwd=tree,
+        capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     return run, next((tree / "dist").glob("*.whl"), None)
 
