@@ -1,12 +1,15 @@
 """The house rules: imports go downwards, files stay small, importing is light, nothing unfinished is shipped."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from fastvlm_loss.backends import cpp
 
 ROOT = Path(__file__).parents[1]
 # ground first; a floor imports only those below it
@@ -110,3 +113,8 @@ def test_the_report_names_every_backend():
     assert run.returncode == 0
     for word in ("fastvlm_loss 0", "torch", "threads", "backend cpp", "backend dense", "backend triton", "gpu"):
         assert word in run.stdout
+
+
+@pytest.mark.skipif(os.environ.get("FASTVLM_LOSS_CPP") != "1", reason="the C++ library is optional unless insisted on")
+def test_the_cpp_library_is_live_where_it_was_insisted_on():
+    assert not cpp.unavailable()

@@ -23,7 +23,6 @@ class LossSpec:
         equation: one line, as shown in the docs.
         paper: source.
         variants: option sets that the test matrix runs; a callable value is called with (M, N, device, generator).
-        square: whether the loss without further options pairs row i with column i (M = N).
     """
 
     function: Loss
@@ -31,7 +30,6 @@ class LossSpec:
     equation: str
     paper: str
     variants: Sequence[Mapping[str, Any]] = field(default_factory=lambda: ({},))
-    square: bool = True
 
     @property
     def name(self) -> str:

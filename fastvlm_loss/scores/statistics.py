@@ -40,11 +40,6 @@ class Softmax:
         """Numbers a row or column keeps: m, l, p and, with `gap`, t, n."""
         return 5 if self.gap else 3
 
-    @property
-    def operands(self) -> int:
-        """Vectors the gradient tile needs of each row and column."""
-        return 4 if self.gap else 3
-
     def lengths(self, m: int, n: int) -> tuple[int, int]:
         """How many rows and columns the state holds."""
         return m if self.rows else 0, n if self.cols else 0
