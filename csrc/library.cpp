@@ -7,6 +7,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <initializer_list>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -51,6 +52,12 @@ fastvlm::Problem problem(const Tensor& x, const Tensor& y, const Tensor& scale, 
   return p;
 }
 
+// What the schema has for other backends only.
+void none(std::initializer_list<const Optional*> tensors) {
+  for (const Optional* t : tensors)
+    STD_TORCH_CHECK(!t->has_value(), "row_factor, col_factor, teacher: got one, wanted none");
+}
+
 void known(const std::string& epilogue) {
   STD_TORCH_CHECK(epilogue == "softmax", "epilogue: got ", epilogue, ", wanted softmax");
 }
@@ -77,9 +84,12 @@ float* data(const Tensor& t) { return t.numel() ? static_cast<float*>(t.mutable_
 std::tuple<Tensor, Tensor, Tensor, Tensor> softmax_statistics(const Tensor& x, const Tensor& y, const Tensor& scale,
                                                               const Optional& bias, const Optional& target,
                                                               const Optional& row_id, const Optional& col_id,
-                                                              const Optional& targets, std::string epilogue,
-                                                              int64_t flags, bool keep) {
+                                                              const Optional& row_factor, const Optional& col_factor,
+                                                              const Optional& teacher_x, const Optional& teacher_y,
+                                                              const Optional& teacher_scale, const Optional& targets,
+                                                              std::string epilogue, int64_t flags, bool keep) {
   known(epilogue);
+  none({&row_factor, &col_factor, &teacher_x, &teacher_y, &teacher_scale});
   auto p = problem(x, y, scale, bias, target, row_id, col_id);
   const bool gap = flags & fastvlm::kGap;
   const int64_t n = length(p, flags);
@@ -93,10 +103,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> softmax_statistics(const Tensor& x, c
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> softmax_gradient(
     const Tensor& x, const Tensor& y, const Tensor& scale, const Optional& bias, const Optional& target,
-    const Optional& row_id, const Optional& col_id, const Optional& targets, const Tensor& state,
-    const Tensor& products, const Tensor& d_nll, const Optional& d_gap, std::string epilogue, int64_t flags, bool need_x,
-    bool need_y) {
+    const Optional& row_id, const Optional& col_id, const Optional& row_factor, const Optional& col_factor,
+    const Optional& teacher_x, const Optional& teacher_y, const Optional& teacher_scale, const Optional& targets,
+    const Tensor& state, const Tensor& products, const Tensor& d_nll, const Optional& d_gap, std::string epilogue,
+    int64_t flags, bool need_x, bool need_y, bool /*need_scale: always*/) {
   known(epilogue);
+  none({&row_factor, &col_factor, &teacher_x, &teacher_y, &teacher_scale});
   auto p = problem(x, y, scale, bias, target, row_id, col_id);
   const bool gap = flags & fastvlm::kGap;
   const int64_t n = length(p, flags);

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .losses import clip_loss
+from .losses import clip_loss, siglip_loss
 
-__all__ = ["CLIPLoss", "LossModule"]
+__all__ = ["CLIPLoss", "LossModule", "SigLIPLoss"]
 
 
 class LossModule(torch.nn.Module):
@@ -47,3 +47,9 @@ class CLIPLoss(LossModule):
     """`clip_loss` as a module: `CLIPLoss(label_smoothing=0.1)(image_features, text_features, logit_scale)`."""
 
     function = staticmethod(clip_loss)
+
+
+class SigLIPLoss(LossModule):
+    """`siglip_loss` as a module: `SigLIPLoss()(image_features, text_features, logit_scale, logit_bias)`."""
+
+    function = staticmethod(siglip_loss)

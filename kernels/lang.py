@@ -16,13 +16,15 @@ import torch
 __all__ = ["HAS_TRITON", "as_torch", "jit", "tl"]
 
 _stand_in = types.SimpleNamespace(
-    constexpr=object,
-    exp=torch.exp,
-    log=torch.log,
+    constexpr=lambda value: value,
+    abs=torch.abs,
+    exp2=torch.exp2,
+    log2=torch.log2,
     where=torch.where,
-    maximum=torch.maximum,
+    maximum=lambda a, b: a.clamp(min=b) if isinstance(b, float) else torch.maximum(a, b),
     expand_dims=torch.unsqueeze,
     max=lambda x, axis: x.amax(axis),
+    min=lambda x, axis: x.amin(axis),
     sum=lambda x, axis: x.sum(axis),
 )
 
@@ -50,11 +52,13 @@ except ImportError:
 
 @functools.cache
 def as_torch(tile_function: Any) -> Callable[..., Any]:
-    """The same tile function over PyTorch tensors; the tile functions it calls are rebuilt with it."""
+    """The same tile function over PyTorch tensors; the tile functions and constants it uses are rebuilt with it."""
     source = tile_function.fn
     scope = dict(source.__globals__, tl=_stand_in)
     for name in source.__code__.co_names:
-        called = source.__globals__.get(name)
-        if called is not tile_function and callable(getattr(called, "fn", None)):
-            scope[name] = as_torch(called)
+        used = source.__globals__.get(name)
+        if HAS_TRITON and isinstance(used, tl.constexpr):
+            scope[name] = used.value
+        elif used is not tile_function and callable(getattr(used, "fn", None)):
+            scope[name] = as_torch(used)
     return types.FunctionType(source.__code__, scope, source.__name__)

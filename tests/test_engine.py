@@ -9,9 +9,9 @@ import fastvlm_loss
 from fastvlm_loss import CLIPLoss, clip_loss
 from fastvlm_loss.backends import cpp
 from fastvlm_loss.backends import torch as chunked
-from fastvlm_loss.engine import autograd, tile
+from fastvlm_loss.engine import tile
 from fastvlm_loss.engine.dispatch import resolve
-from fastvlm_loss.engine.ops import GRADIENT, STATISTICS
+from fastvlm_loss.engine.ops import GRADIENT, KEPT_PRODUCTS, STATISTICS, SWEEP
 from fastvlm_loss.losses import registry
 from fastvlm_loss.scores.problem import Problem
 from fastvlm_loss.scores.statistics import Softmax
@@ -92,19 +92,12 @@ def test_threads_do_not_change_a_bit(pair, dtype):
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
-def arguments(backend, options, pair):
+def arguments(options, pair):
     x, y = pair(20, 8)
     problem = Problem.of(x, y, 5.0, 1.0, **options)
-    return (
-        x,
-        y,
-        problem.scale,
-        problem.bias,
-        problem.target,
-        problem.row_id,
-        problem.col_id,
-        problem.targets(),
-    ), backend
+    targets = [t for t in problem.targets() if t is not None]
+    fields = (t if t is None else t.detach() for t in problem.tensors())
+    return (*fields, torch.cat(targets) if targets else None)
 
 
 @pytest.mark.parametrize(
@@ -112,16 +105,19 @@ def arguments(backend, options, pair):
     [{}, {"labels": torch.arange(20).flip(0), "image_ids": torch.arange(20) // 2, "text_ids": torch.arange(20) // 2}],
 )
 def test_opcheck(pair, live_backend, options):
-    problem, backend = arguments(live_backend, options, pair)
-    *problem, targets = problem
-    targets = None if targets[0] is None else torch.cat(targets)
-    problem = (*(t.detach() if t is not None else None for t in problem), targets)
+    problem = arguments(options, pair)
     for flags, keep in ((7, True), (3, False)):
-        torch.library.opcheck(STATISTICS[backend], (*problem, "softmax", flags, keep))
-        nll, _, state, products = STATISTICS[backend](*problem, "softmax", flags, keep)
+        torch.library.opcheck(STATISTICS[live_backend], (*problem, "softmax", flags, keep))
+        nll, _, state, products = STATISTICS[live_backend](*problem, "softmax", flags, keep)
         cotangents = torch.rand_like(nll), torch.rand_like(nll) if flags & 4 else None
-        for need in ((True, True), (False, True)):
-            torch.library.opcheck(GRADIENT[backend], (*problem, state, products, *cotangents, "softmax", flags, *need))
+        for need in ((True, True, True), (False, True, False)):
+            given = (*problem, state, products, *cotangents, "softmax", flags, *need)
+            torch.library.opcheck(GRADIENT[live_backend], given)
+
+
+def test_opcheck_of_the_sweep(pair):
+    for need in ((True, True, True), (False, True, False)):
+        torch.library.opcheck(SWEEP["torch"], (*arguments({}, pair)[:-1], *need))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -193,8 +189,8 @@ def test_a_backend_is_forced_for_its_thread_alone(pair):
     with fastvlm_loss.backend("torch"):
         leave.set()
         thread.join()
-        assert resolve(x.device, x.dtype) == "torch"
-    assert seen == [True] and resolve(x.device, torch.float64) == "torch"
+        assert resolve(Problem.of(x, y, 5.0), Softmax()) == "torch"
+    assert seen == [True] and resolve(Problem.of(x.double(), y.double(), 5.0), Softmax()) == "torch"
 
 
 def test_autocast_changes_no_backends_meaning(pair):
@@ -218,20 +214,20 @@ def test_checkpointing_over_the_loss(pair, reentrant):
 @pytest.mark.parametrize("keep", [True, False])
 def test_a_frozen_tower_costs_nothing_in_backward(pair, live_backend, keep, monkeypatch):
     if not keep:
-        monkeypatch.setattr(autograd, "KEPT_PRODUCTS", 0)
+        monkeypatch.setitem(KEPT_PRODUCTS, live_backend, 0)
     x, y = pair(20)
     asked = []
     real = GRADIENT[live_backend]
-    monkeypatch.setitem(GRADIENT, live_backend, lambda *a: asked.append(a[-2:]) or real(*a))
+    monkeypatch.setitem(GRADIENT, live_backend, lambda *a: asked.append(a[-3:-1]) or real(*a))
     for frozen_x, frozen_y in ((True, False), (False, True), (True, True)):
         a, b = (t.detach() if frozen else t for t, frozen in ((x, frozen_x), (y, frozen_y)))
         scale = torch.tensor(5.0, requires_grad=True)
         with fastvlm_loss.backend(live_backend):
             clip_loss(a, b, scale).backward()
         assert asked.pop() == (not frozen_x, not frozen_y)
-    problem, _ = arguments(live_backend, {}, pair)
-    state = STATISTICS[live_backend](*problem[:7], None, "softmax", 3, keep)[2:]
-    dx, dy, *_ = real(*problem[:7], None, *state, torch.rand(40), None, "softmax", 3, False, True)
+    problem = arguments({}, pair)
+    state = STATISTICS[live_backend](*problem, "softmax", 3, keep)[2:]
+    dx, dy, *_ = real(*problem, *state, torch.rand(40), None, "softmax", 3, False, True, True)
     assert dx.shape == (0,) and dy.shape == (20, 8)
 
 

@@ -51,7 +51,7 @@ CASES = [
     (ValueError, "group: got object, wanted None", lambda: clip_loss(X, Y, 1.0, group=object())),
     (ValueError, "image_features: got NaN or infinity in row 2", lambda: clip_loss(X.index_fill(0, torch.tensor(2), torch.nan), Y, 1.0, check_finite=True)),
     (ValueError, "text_features: got NaN or infinity in row 3", lambda: clip_loss(X, Y.index_fill(0, torch.tensor(3), torch.inf), 1.0, check_finite=True)),
-    (ValueError, "backend: got 'cuda', wanted one of 'auto', 'torch', 'cpp', 'dense'", lambda: fastvlm_loss.backend("cuda").__enter__()),
+    (ValueError, "backend: got 'cuda', wanted one of 'auto', 'torch', 'cpp', 'triton', 'dense'", lambda: fastvlm_loss.backend("cuda").__enter__()),
 ]  # fmt: skip
 
 

@@ -11,7 +11,12 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["instruction_set", "refuses", "unavailable"]
+from ..scores.problem import Problem
+from ..scores.statistics import Sigmoid, Softmax
+
+__all__ = ["AUTO", "instruction_set", "refuses", "runs_on", "unavailable"]
+
+AUTO = True
 
 INSTRUCTION_SETS = ("base", "avx2", "avx512", "avx512+bf16")  # what FASTVLM_LOSS_CPU_ISA may lower the choice to
 
@@ -42,10 +47,20 @@ def unavailable() -> str:
     return _REASON
 
 
-def refuses(device: torch.device, dtype: torch.dtype) -> str:
-    """What this backend wants instead of features like these, or an empty string."""
-    fits = device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
-    return "" if fits else "float32 or bfloat16 features on cpu"
+def refuses(problem: Problem, statistic: Softmax | Sigmoid) -> str:
+    """What this backend wants instead of a problem like this, or an empty string."""
+    if _REASON:
+        return "the C++ library to be built"
+    if problem.x.device.type != "cpu" or problem.x.dtype not in (torch.float32, torch.bfloat16):
+        return "float32 or bfloat16 features on cpu"
+    if not isinstance(statistic, Softmax) or statistic.factor or statistic.teacher:
+        return "softmax statistics without factors and without a teacher"
+    return ""
+
+
+def runs_on() -> str:
+    """The device and the instruction set chosen at run time, for instance `CPU, avx512+bf16`."""
+    return f"CPU, {instruction_set()}"
 
 
 def instruction_set() -> str:

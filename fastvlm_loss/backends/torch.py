@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ..scores.problem import Problem
-from ..scores.statistics import Softmax
+from ..scores.statistics import LN2, Sigmoid, Softmax
 
-__all__ = ["gradient", "statistics"]
+__all__ = ["gradient", "statistics", "sweep", "unit"]
 
 # rows and columns of a tile: large enough for the library product, small enough for a few copies of it in cache
 TILE = {"cpu": 1024, "cuda": 4096}
@@ -29,33 +29,76 @@ def statistics(problem: Problem, statistic: Softmax, keep: bool = False) -> tupl
         products = _products(problem, r, c)
         if keep:
             kept[r, c] = products
-        s, hit = _scores(problem, products, r, c)
-        for here, axis in ((r, 1),) * statistic.rows + ((slice(rows + c.start, rows + c.stop), 0),) * statistic.cols:
-            merged = statistic.merge(state[:, here], statistic.partial(s, hit, axis))
-            state[:, here] = torch.stack(merged)
+        s, hit = _scores(problem, statistic, products, r, c)
+        teacher = _teacher(problem, r, c)
+        sides = [(r, 1, problem.row_factor, r)] if rows else []
+        sides += [(slice(rows + c.start, rows + c.stop), 0, problem.col_factor, c)] if cols else []
+        for here, axis, factor, own in sides:
+            part = statistic.partial(s, hit, teacher, None if factor is None else factor[own], axis)
+            state[:, here] = torch.stack(statistic.merge(state[:, here], part))
     return state, kept
 
 
+def unit(problem: Problem, cotangents: tuple[Tensor, ...]) -> float:
+    """What a G of size 1 stands for: itself, as G is never rounded below the statistics' dtype."""
+    return 1.0
+
+
 def gradient(
-    problem: Problem, statistic: Softmax, products: Tensor, operands: Tensor, need_x: bool, need_y: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    problem: Problem, statistic: Softmax, products: Tensor, operands: Tensor, unit: float, need_x: bool, need_y: bool,
+    need_scale: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`dx`, `dy` (empty if not needed), `sum G c` with c = <x, y>, and `sum G`."""
-    x, y, dtype = problem.x, problem.y, problem.scale.dtype
-    dx = x.new_zeros(x.shape if need_x else (0,), dtype=dtype)
-    dy = y.new_zeros(y.shape if need_y else (0,), dtype=dtype)
-    d_scale, d_bias = operands.new_zeros(()), operands.new_zeros(())
-    rows, _ = statistic.lengths(x.shape[0], y.shape[0])
+    rows, _ = statistic.lengths(problem.x.shape[0], problem.y.shape[0])
+    sums = _Sums(problem, need_x, need_y)
     for r, c in _tiles(problem):
         raw = products[r, c] if products.numel() else _products(problem, r, c)
-        s, hit = _scores(problem, raw, r, c)
-        g = statistic.gradient(s, hit, operands[:, r], operands[:, rows + c.start : rows + c.stop])
-        d_scale += (g * raw).sum()
-        d_bias += g.sum()
-        if need_x:
-            dx[r].addmm_(g, y[c].to(dtype))
-        if need_y:
-            dy[c].addmm_(g.T, x[r].to(dtype))
-    return dx.mul_(problem.scale).to(x.dtype), dy.mul_(problem.scale).to(y.dtype), d_scale, d_bias
+        s, hit = _scores(problem, statistic, raw, r, c)
+        row, col = operands[:, r], operands[:, rows + c.start : rows + c.stop]
+        sums.add(statistic.gradient(s, hit, _teacher(problem, r, c), row, col), raw, r, c)
+    return sums.finished()
+
+
+def sweep(
+    problem: Problem, statistic: Sigmoid, need_x: bool, need_y: bool, need_scale: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The total in nats, and what `gradient` returns, from one pass over the scores."""
+    weights = problem.weighted(problem.row_factor, problem.col_factor)
+    assert weights.row_factor is not None and weights.col_factor is not None
+    total = problem.scale.new_zeros(())
+    sums = _Sums(problem, need_x, need_y)
+    for r, c in _tiles(problem):
+        raw = _products(problem, r, c)
+        s, hit = _scores(problem, statistic, raw, r, c)
+        row, col = weights.row_factor[None, r], weights.col_factor[None, c]
+        total += statistic.value(s, hit, row, col).sum()
+        sums.add(statistic.gradient(s, hit, None, row, col), raw, r, c)
+    return (total * LN2, *sums.finished())
+
+
+class _Sums:
+    """What gradient tiles add up to."""
+
+    def __init__(self, problem: Problem, need_x: bool, need_y: bool) -> None:
+        self.problem, self.need_x, self.need_y = problem, need_x, need_y
+        x, y, dtype = problem.x, problem.y, problem.scale.dtype
+        self.dx = x.new_zeros(x.shape if need_x else (0,), dtype=dtype)
+        self.dy = y.new_zeros(y.shape if need_y else (0,), dtype=dtype)
+        self.d_scale, self.d_bias = problem.scale.new_zeros(()), problem.scale.new_zeros(())
+
+    def add(self, g: Tensor, products: Tensor, r: slice, c: slice) -> None:
+        """The tile `g` at rows `r` and columns `c`."""
+        self.d_scale += (g * products).sum()
+        self.d_bias += g.sum()
+        if self.need_x:
+            self.dx[r].addmm_(g, self.problem.y[c].to(g.dtype))
+        if self.need_y:
+            self.dy[c].addmm_(g.T, self.problem.x[r].to(g.dtype))
+
+    def finished(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`dx`, `dy`, `sum G c`, `sum G`."""
+        dtype, scale = self.problem.x.dtype, self.problem.scale
+        return self.dx.mul_(scale).to(dtype), self.dy.mul_(scale).to(dtype), self.d_scale, self.d_bias
 
 
 def _tiles(problem: Problem) -> Iterator[tuple[slice, slice]]:
@@ -70,17 +113,35 @@ def _products(problem: Problem, r: slice, c: slice) -> Tensor:
     return problem.x[r].to(dtype) @ problem.y[c].to(dtype).T
 
 
-def _scores(problem: Problem, products: Tensor, r: slice, c: slice) -> tuple[Tensor, Tensor | None]:
-    """Scores (-inf where an entry is no candidate) and the target mask of one tile."""
-    s = products * problem.scale
+def _teacher(problem: Problem, r: slice, c: slice) -> Tensor | None:
+    """The teacher's scores of one tile, in bits."""
+    if problem.teacher_x is None or problem.teacher_y is None:
+        return None
+    assert problem.teacher_scale is not None
+    dtype = problem.scale.dtype
+    return (problem.teacher_x[r].to(dtype) @ problem.teacher_y[c].to(dtype).T).mul_(problem.teacher_scale / LN2)
+
+
+def _scores(
+    problem: Problem, statistic: Softmax | Sigmoid, products: Tensor, r: slice, c: slice
+) -> tuple[Tensor, Tensor | None]:
+    """Scores in bits (-inf where an entry is no candidate) and the target mask of one tile."""
+    s = products * (problem.scale / LN2)
     if problem.bias is not None:
-        s = s + problem.bias
-    if problem.target is None and (r.stop <= c.start or c.stop <= r.start):
+        s = s + problem.bias / LN2
+    has_ids = problem.row_id is not None and problem.col_id is not None
+    diagonal = problem.target is None and (r.stop <= c.start or c.stop <= r.start)
+    if diagonal and not has_ids:
         return s, None  # off the diagonal
     cols = torch.arange(c.start, c.stop, device=s.device)
     target = torch.arange(r.start, r.stop, device=s.device) if problem.target is None else problem.target[r]
     hit = target[:, None] == cols[None, :]
     if problem.row_id is not None and problem.col_id is not None:
         row, col = problem.row_id[r][:, None], problem.col_id[c][None, :]
-        s = s.masked_fill(((row == col) & ~hit) | (row == -1) | (col == -1), -torch.inf)
+        out = (row == -1) | (col == -1)
+        if statistic.positive_ids:
+            hit = (hit | (row == col)) & ~out
+        else:
+            out = out | ((row == col) & ~hit)
+        s = s.masked_fill(out, -torch.inf)
     return s, hit

@@ -1,4 +1,4 @@
-"""THE autograd Function: statistics of a score matrix as differentiable outputs.
+"""The autograd Functions: statistics of a score matrix, and its total, as differentiable outputs.
 
 PyTorch's autograd supplies the cotangents of the O(M + N) vectors; the gradient tile G turns them into gradients of
 features, scale and bias. A loss therefore needs no formula for its gradient.
@@ -14,50 +14,81 @@ from torch import Tensor
 from ..scores.statistics import decode
 from . import ops
 
-__all__ = ["Statistics"]
+__all__ = ["Statistics", "Total"]
 
-KEPT_PRODUCTS = 1024 * 1024  # 4 MB in fp32
+FIELDS = 12  # of a Problem
+ROW_FACTOR, COL_FACTOR = 7, 8
 
 
 class Statistics(torch.autograd.Function):
-    """`(x, y, scale, bias, target, row_id, col_id, targets [L], backend, epilogue, flags) -> vectors [L]`."""
+    """`(*problem, targets [L], backend, epilogue, flags) -> vectors [L]`."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, target: Tensor | None,
-        row_id: Tensor | None, col_id: Tensor | None, targets: Tensor | None, backend: str, epilogue: str, flags: int,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
         """Run the statistics op; its state and small products are for backward."""
-        problem = x, y, scale, bias, target, row_id, col_id, targets
+        problem, (targets, backend, epilogue, flags) = arguments[:FIELDS], arguments[FIELDS:]
         # a batch whose products are one small tile keeps it for backward: 6 N^2 D operations instead of 8
-        keep = any(ctx.needs_input_grad[:3]) and x.shape[0] * y.shape[0] <= KEPT_PRODUCTS
-        nll, gap, state, products = ops.STATISTICS[backend](*problem, epilogue, flags, keep)
-        ctx.save_for_backward(*problem, state, products)
+        small = problem[0].shape[0] * problem[1].shape[0] <= ops.KEPT_PRODUCTS[backend]
+        keep = small and any(ctx.needs_input_grad[:3])
+        nll, gap, state, products = ops.STATISTICS[backend](*problem, targets, epilogue, flags, keep)
+        ctx.save_for_backward(*problem, targets, state, products)
         ctx.statistic = backend, epilogue, flags
         return (nll, gap) if decode(epilogue, flags).gap else (nll,)
 
     @staticmethod
     def backward(ctx: Any, d_nll: Tensor, d_gap: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        """Gradients of x, y, scale and bias; what needs none costs none."""
+        """Gradients of x, y, scale, bias and factors; what needs none costs none."""
         saved = ctx.saved_tensors  # once: checkpointing unpacks on access
-        problem, (state, products) = saved[:8], saved[8:]
-        need_x, need_y, need_scale, need_bias = ctx.needs_input_grad[:4]
+        problem, (targets, state, products) = saved[:FIELDS], saved[FIELDS:]
+        needs = ctx.needs_input_grad
         backend, epilogue, flags = ctx.statistic
-        shift_invariant = decode(epilogue, flags).shift_invariant
-        dx = dy = d_scale = d_bias = None
-        if need_x or need_y or need_scale or (need_bias and not shift_invariant):
-            d_nll, d_gap = d_nll.contiguous(), None if d_gap is None else d_gap.contiguous()
-            dx, dy, d_scale, d_bias = ops.GRADIENT[backend](
-                *problem, state, products, d_nll, d_gap, epilogue, flags, need_x, need_y
+        statistic = decode(epilogue, flags)
+        cotangents = [d_nll.contiguous(), None if d_gap is None else d_gap.contiguous()]
+        found: list[Tensor | None] = [None] * FIELDS
+        if any(needs[:3]) or (needs[3] and not statistic.shift_invariant):
+            found[:4] = ops.GRADIENT[backend](
+                *problem, targets, state, products, *cotangents, epilogue, flags, *needs[:3]
             )
-        if need_bias and shift_invariant:
-            d_bias = torch.zeros_like(problem[2])
-        given = (dx, need_x), (dy, need_y), (d_scale, need_scale), (d_bias, need_bias)
-        found = [gradient if needed else None for gradient, needed in given]
-        if torch.is_grad_enabled():  # create_graph=True: a second derivative must fail, not be silently 0
-            anchor = next(t for t, needed in zip(problem, ctx.needs_input_grad, strict=False) if needed)
-            found = [None if g is None else _Once.apply(g.detach(), anchor) for g in found]
-        return (*found, *(None,) * 7)
+        if needs[3] and statistic.shift_invariant:
+            found[3] = torch.zeros_like(problem[2])
+        if statistic.factor and (needs[ROW_FACTOR] or needs[COL_FACTOR]):
+            given = tuple(c for c in cotangents if c is not None)
+            rows, cols = statistic.lengths(problem[0].shape[0], problem[1].shape[0])
+            factors = statistic.factor_gradient(state, targets, given)
+            found[ROW_FACTOR] = factors[:rows] if rows else torch.zeros_like(problem[ROW_FACTOR])
+            found[COL_FACTOR] = factors[rows:] if cols else torch.zeros_like(problem[COL_FACTOR])
+        return (*_once(found, problem, needs), *(None,) * 4)
+
+
+class Total(torch.autograd.Function):
+    """`(*problem, backend) -> total []`: value and gradients of a sum over all entries are made in one sweep."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        """Run the sweep; only a number is missing from the gradients."""
+        problem, backend = arguments[:FIELDS], arguments[FIELDS]
+        total, *gradients = ops.SWEEP[backend](*problem, *ctx.needs_input_grad[:2], any(ctx.needs_input_grad[2:4]))
+        ctx.save_for_backward(*problem, *gradients)
+        return total  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients times the cotangent."""
+        saved = ctx.saved_tensors
+        problem, gradients = saved[:FIELDS], saved[FIELDS:]
+        like = (problem[0].dtype, problem[1].dtype, cotangent.dtype, cotangent.dtype)
+        found: list[Tensor | None] = [None] * FIELDS
+        found[:4] = [(g * cotangent).to(dtype) for g, dtype in zip(gradients, like, strict=True)]
+        return (*_once(found, problem, ctx.needs_input_grad), None)
+
+
+def _once(found: list[Tensor | None], problem: tuple[Tensor, ...], needs: tuple[bool, ...]) -> list[Tensor | None]:
+    """The gradients that are needed; differentiating them again fails instead of being silently 0."""
+    given = [gradient if needed else None for gradient, needed in zip(found, needs, strict=False)]
+    if torch.is_grad_enabled():  # create_graph=True
+        anchor = next(t for t, needed in zip(problem, needs, strict=False) if needed)
+        given = [None if g is None else _Once.apply(g.detach(), anchor) for g in given]
+    return given
 
 
 class _Once(torch.autograd.Function):

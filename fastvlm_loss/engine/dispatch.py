@@ -6,14 +6,15 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
-from ..backends import cpp
+from ..backends import cpp, triton
 from ..scores.check import choice
+from ..scores.problem import Problem
+from ..scores.statistics import Sigmoid, Softmax
 
 __all__ = ["BACKENDS", "backend", "report", "resolve"]
 
-BACKENDS = ("auto", "torch", "cpp", "dense")
+BACKENDS = ("auto", "torch", "cpp", "triton", "dense")
+_OPTIONAL = {"triton": triton, "cpp": cpp}  # in the order of preference
 
 
 class _Forced(threading.local):
@@ -28,15 +29,16 @@ def backend(name: str) -> Iterator[None]:
     """Compute every loss this thread calls inside the block with one backend (its backward too, wherever that runs).
 
     Args:
-        name: "auto" (the fastest that fits), "torch" (chunked PyTorch), "cpp" (the C++ library, CPU only)
-            or "dense" (the reference: builds the whole score matrix).
+        name: "auto" (the fastest that fits), "torch" (chunked PyTorch), "cpp" (the C++ library, CPU only),
+            "triton" (the GPU kernels) or "dense" (the reference: builds the whole score matrix).
 
     Raises:
         ValueError: unknown name, or a backend that is not live here, with the reason.
     """
     choice("backend", name, BACKENDS)
-    if name == "cpp" and cpp.unavailable():
-        raise ValueError(f"backend: got 'cpp', which is not live here: {cpp.unavailable()}")
+    reason = _OPTIONAL[name].unavailable() if name in _OPTIONAL else ""
+    if reason:
+        raise ValueError(f"backend: got {name!r}, which is not live here: {reason}")
     before, _forced.name = _forced.name, name
     try:
         yield
@@ -44,21 +46,26 @@ def backend(name: str) -> Iterator[None]:
         _forced.name = before
 
 
-def resolve(device: torch.device, dtype: torch.dtype) -> str:
-    """The backend that serves features of this device and dtype now."""
-    if _forced.name == "auto":
-        return "cpp" if not cpp.unavailable() and not cpp.refuses(device, dtype) else "torch"
-    if _forced.name == "cpp" and cpp.refuses(device, dtype):
-        raise ValueError(f"backend: got 'cpp' for {dtype} features on {device}, wanted {cpp.refuses(device, dtype)}")
-    return _forced.name
+def resolve(problem: Problem, statistic: Softmax | Sigmoid) -> str:
+    """The backend that serves this problem now."""
+    name = _forced.name
+    if name == "auto":
+        for optional, module in _OPTIONAL.items():
+            if module.AUTO and not module.refuses(problem, statistic):
+                return optional
+        return "torch"
+    if name in _OPTIONAL:
+        wanted = _OPTIONAL[name].refuses(problem, statistic)
+        if wanted:
+            got = f"{problem.x.dtype} features on {problem.x.device} for {statistic.name}"
+            raise ValueError(f"backend: got {name!r} for {got}, wanted {wanted}")
+    return name
 
 
 def report() -> dict[str, str]:
     """For each backend "live" with what it runs on, or the reason why it is not."""
-    reason = cpp.unavailable()
-    return {
-        "dense": "live: the reference, builds the score matrix",
-        "torch": "live: chunked PyTorch, any device",
-        "cpp": f"not live: {reason}" if reason else f"live: CPU, {cpp.instruction_set()}",
-        "triton": "not live: the GPU kernels are not part of this version; CUDA features use torch",
-    }
+    found = {"dense": "live: the reference, builds the score matrix", "torch": "live: chunked PyTorch, any device"}
+    for name, module in reversed(_OPTIONAL.items()):
+        reason = module.unavailable()
+        found[name] = f"not live: {reason}" if reason else f"live: {module.runs_on()}"
+    return found

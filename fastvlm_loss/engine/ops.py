@@ -1,4 +1,4 @@
-"""The op boundary: two operators with fakes, an overload a backend; all a compiler or profiler sees of the engine.
+"""The op boundary: three operators with fakes, an overload a backend; all a compiler or profiler sees of the engine.
 
 `Library.define` with implementations by device; the C++ library registers those of `cpp` itself. The overload is chosen
 in forward and kept for backward, which may run in another thread than the `backend(...)` block.
@@ -7,26 +7,34 @@ in forward and kept for backward, which may run in another thread than the `back
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..backends import torch as chunked
+from ..backends import triton as gpu
 from ..scores.problem import Problem
-from ..scores.statistics import decode
+from ..scores.statistics import Sigmoid, decode
 
-__all__ = ["GRADIENT", "STATISTICS", "no_autocast"]
+__all__ = ["GRADIENT", "KEPT_PRODUCTS", "STATISTICS", "SWEEP", "no_autocast"]
 
 _PROBLEM = (
-    "Tensor x, Tensor y, Tensor scale, Tensor? bias, Tensor? target, Tensor? row_id, Tensor? col_id, Tensor? targets"
+    "Tensor x, Tensor y, Tensor scale, Tensor? bias, Tensor? target, Tensor? row_id, Tensor? col_id, "
+    "Tensor? row_factor, Tensor? col_factor, Tensor? teacher_x, Tensor? teacher_y, Tensor? teacher_scale"
 )
-_STATISTICS = (
-    f"({_PROBLEM}, str epilogue, int flags, bool keep) -> (Tensor nll, Tensor gap, Tensor state, Tensor products)"
-)
-_GRADIENT = (
-    f"({_PROBLEM}, Tensor state, Tensor products, Tensor d_nll, Tensor? d_gap, str epilogue, int flags, bool need_x,"
-    " bool need_y) -> (Tensor dx, Tensor dy, Tensor d_scale, Tensor d_bias)"
-)
+_SCHEMAS = {
+    "statistics": f"({_PROBLEM}, Tensor? targets, str epilogue, int flags, bool keep)"
+    " -> (Tensor nll, Tensor gap, Tensor state, Tensor products)",
+    "gradient": f"({_PROBLEM}, Tensor? targets, Tensor state, Tensor products, Tensor d_nll, Tensor? d_gap,"
+    " str epilogue, int flags, bool need_x, bool need_y, bool need_scale)"
+    " -> (Tensor dx, Tensor dy, Tensor d_scale, Tensor d_bias)",
+    "sweep": f"({_PROBLEM}, bool need_x, bool need_y, bool need_scale)"
+    " -> (Tensor total, Tensor dx, Tensor dy, Tensor d_scale, Tensor d_bias)",
+}
+# products a backend keeps for backward instead of making them again, for a batch whose matrix is one small tile
+KEPT_PRODUCTS = {"torch": 1024 * 1024, "cpp": 1024 * 1024, "triton": 0}
+_FIELDS = 12
 
 _library = torch.library.Library("fastvlm_loss", "DEF")
 
@@ -37,54 +45,81 @@ def no_autocast(device: str) -> AbstractContextManager[object]:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
-def _statistics(
-    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, target: Tensor | None, row_id: Tensor | None,
-    col_id: Tensor | None, targets: Tensor | None, epilogue: str, flags: int, keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    problem, statistic = Problem(x, y, scale, bias, target, row_id, col_id), decode(epilogue, flags)
-    with no_autocast(x.device.type):
-        state, products = chunked.statistics(problem, statistic, keep)
-        nll, *gap = statistic.finish(state, targets)
-    return nll, gap[0] if gap else nll.new_empty(0), state, products
+def factors(problem: Problem, lengths: tuple[int, int]) -> Tensor | None:
+    """The factors `[L]` of the rows and columns that a statistic looks at."""
+    parts = [f for f, n in zip((problem.row_factor, problem.col_factor), lengths, strict=True) if n and f is not None]
+    return torch.cat(parts) if parts else None
 
 
-def _gradient(
-    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, target: Tensor | None, row_id: Tensor | None,
-    col_id: Tensor | None, targets: Tensor | None, state: Tensor, products: Tensor, d_nll: Tensor,
-    d_gap: Tensor | None, epilogue: str, flags: int, need_x: bool, need_y: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    problem, statistic = Problem(x, y, scale, bias, target, row_id, col_id), decode(epilogue, flags)
-    cotangents = (d_nll,) if d_gap is None else (d_nll, d_gap)
-    with no_autocast(x.device.type):
-        operands = statistic.gradient_operands(state, targets, cotangents)
-        return chunked.gradient(problem, statistic, products, operands, need_x, need_y)
+def _statistics(backend: Any) -> Any:
+    def statistics(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        targets, epilogue, flags, keep = arguments[_FIELDS:]
+        problem, statistic = Problem(*arguments[:_FIELDS]), decode(epilogue, flags)
+        with no_autocast(problem.x.device.type):
+            state, products = backend.statistics(problem, statistic, keep)
+            lengths = statistic.lengths(problem.x.shape[0], problem.y.shape[0])
+            nll, *gap = statistic.finish(state, targets, factors(problem, lengths) if statistic.factor else None)
+        return nll, gap[0] if gap else nll.new_empty(0), state, products
+
+    return statistics
 
 
-def _statistics_fake(  # type: ignore[no-untyped-def]
-    x, y, scale, bias, target, row_id, col_id, targets, epilogue, flags, keep
-):
-    statistic, m, n = decode(epilogue, flags), x.shape[0], y.shape[0]
-    length = sum(statistic.lengths(m, n))
-    products = scale.new_empty((m, n) if keep else (0,))
+def _gradient(backend: Any) -> Any:
+    def gradient(*arguments: Any) -> Any:
+        targets, state, products, d_nll, d_gap, epilogue, flags, *needs = arguments[_FIELDS:]
+        problem, statistic = Problem(*arguments[:_FIELDS]), decode(epilogue, flags)
+        cotangents = (d_nll,) if d_gap is None else (d_nll, d_gap)
+        with no_autocast(problem.x.device.type):
+            lengths = statistic.lengths(problem.x.shape[0], problem.y.shape[0])
+            own = factors(problem, lengths) if statistic.factor else None
+            unit = backend.unit(problem, cotangents)
+            operands = statistic.gradient_operands(state, targets, own, tuple(c / unit for c in cotangents))
+            return backend.gradient(problem, statistic, products, operands, unit, *needs)
+
+    return gradient
+
+
+def _sweep(backend: Any) -> Any:
+    def sweep(*arguments: Any) -> Any:
+        problem = Problem(*arguments[:_FIELDS])
+        with no_autocast(problem.x.device.type):
+            return backend.sweep(problem, Sigmoid(), *arguments[_FIELDS:])
+
+    return sweep
+
+
+def _statistics_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    problem, (_, epilogue, flags, keep) = Problem(*arguments[:_FIELDS]), arguments[_FIELDS:]
+    statistic, m, n = decode(epilogue, flags), problem.x.shape[0], problem.y.shape[0]
+    length, scale = sum(statistic.lengths(m, n)), problem.scale
     gap = scale.new_empty(length if statistic.gap else 0)
+    products = scale.new_empty((m, n) if keep else (0,))
     return scale.new_empty(length), gap, scale.new_empty((statistic.fields, length)), products
 
 
-def _gradient_fake(  # type: ignore[no-untyped-def]
-    x, y, scale, bias, target, row_id, col_id, targets, state, products, d_nll, d_gap, epilogue, flags, need_x, need_y
-):
-    dx, dy = x.new_empty(x.shape if need_x else (0,)), y.new_empty(y.shape if need_y else (0,))
-    return dx, dy, scale.new_empty(()), scale.new_empty(())
+def _gradient_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    problem, (need_x, need_y, _) = Problem(*arguments[:_FIELDS]), arguments[-3:]
+    dx = problem.x.new_empty(problem.x.shape if need_x else (0,))
+    dy = problem.y.new_empty(problem.y.shape if need_y else (0,))
+    return dx, dy, problem.scale.new_empty(()), problem.scale.new_empty(())
 
 
-for _backend in ("torch", "cpp"):
-    _library.define(f"statistics.{_backend}{_STATISTICS}", tags=(torch.Tag.pt2_compliant_tag,))
-    _library.define(f"gradient.{_backend}{_GRADIENT}", tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.register_fake(f"fastvlm_loss::statistics.{_backend}", _statistics_fake, lib=_library)
-    torch.library.register_fake(f"fastvlm_loss::gradient.{_backend}", _gradient_fake, lib=_library)
-for _device in ("CPU", "CUDA"):
-    _library.impl("statistics.torch", _statistics, _device)
-    _library.impl("gradient.torch", _gradient, _device)
+def _sweep_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return (arguments[2].new_empty(()), *_gradient_fake(*arguments))
 
-STATISTICS = {"torch": torch.ops.fastvlm_loss.statistics.torch, "cpp": torch.ops.fastvlm_loss.statistics.cpp}
-GRADIENT = {"torch": torch.ops.fastvlm_loss.gradient.torch, "cpp": torch.ops.fastvlm_loss.gradient.cpp}
+
+_MAKE = {"statistics": _statistics, "gradient": _gradient, "sweep": _sweep}
+_FAKES = {"statistics": _statistics_fake, "gradient": _gradient_fake, "sweep": _sweep_fake}
+_PYTHON = {"torch": (chunked, ("CPU", "CUDA")), "triton": (gpu, ("CPU", "CUDA"))}
+
+for _name, _schema in _SCHEMAS.items():
+    for _backend in ("torch", "cpp", "triton"):
+        _library.define(f"{_name}.{_backend}{_schema}", tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"fastvlm_loss::{_name}.{_backend}", _FAKES[_name], lib=_library)
+    for _backend, (_module, _devices) in _PYTHON.items():
+        for _device in _devices:
+            _library.impl(f"{_name}.{_backend}", _MAKE[_name](_module), _device)
+
+STATISTICS, GRADIENT, SWEEP = (
+    {b: getattr(getattr(torch.ops.fastvlm_loss, name), b) for b in ("torch", "cpp", "triton")} for name in _SCHEMAS
+)

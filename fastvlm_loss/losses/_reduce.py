@@ -1,11 +1,14 @@
-"""From per-sample losses of one or both directions to what the caller asked for."""
+"""What losses share before and after the engine: unit features, and the reduction of per-sample losses."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["DIRECTIONS", "REDUCTIONS", "combine"]
+from ..scores import check
+
+__all__ = ["DIRECTIONS", "REDUCTIONS", "combine", "unit_features"]
 
 DIRECTIONS = ("both", "image", "text")
 REDUCTIONS = ("mean", "sum", "none")
@@ -57,3 +60,16 @@ def _reduce(losses: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
         return losses.sum() / max(losses.shape[0], 1)
     total = weight.sum()
     return losses.sum() / torch.where(total == 0, 1.0, total)
+
+
+def unit_features(image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
+    """Both L2-normalised, differentiably."""
+    named = (("image_features", image_features), ("text_features", text_features))
+    image, text = (_unit(check.features(name, t)) for name, t in named)
+    return image, text
+
+
+def _unit(features: Tensor) -> Tensor:
+    # in fp32, rounded once: the norm of a bf16 vector computed in bf16 is off by up to 1 %
+    dtype = features.dtype
+    return F.normalize(features.to(torch.promote_types(dtype, torch.float32)), dim=1).to(dtype)

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..engine import tile
 from ..scores import check
 from ..scores.problem import Problem
-from ._reduce import DIRECTIONS, REDUCTIONS, combine
+from ._reduce import DIRECTIONS, REDUCTIONS, combine, unit_features
 from ._spec import LossSpec, register
 
 __all__ = ["clip_loss"]
@@ -79,7 +79,7 @@ def clip_loss(
     if group is not None:
         raise ValueError(f"group: got {type(group).__name__}, wanted None (one process; gather the features yourself)")
     if check.flag("normalize", normalize):
-        image_features, text_features = _unit("image_features", image_features), _unit("text_features", text_features)
+        image_features, text_features = unit_features(image_features, text_features)
     problem = Problem.of(
         image_features, text_features, logit_scale, logit_bias,
         labels=labels, image_ids=image_ids, text_ids=text_ids, check_finite=check_finite,
@@ -99,12 +99,6 @@ def clip_loss(
     t = tile.softmax(problem, rows=directions != "text", cols=directions != "image", gap=eps > 0)
     losses = t.nll if t.gap is None else t.nll + eps * t.gap
     return combine(losses, t.targets, t.lengths, weights, reduction)
-
-
-def _unit(name: str, features: Tensor) -> Tensor:
-    # in fp32, rounded once: the norm of a bf16 vector computed in bf16 is off by up to 1 %
-    dtype = check.features(name, features).dtype
-    return F.normalize(features.to(torch.promote_types(dtype, torch.float32)), dim=1).to(dtype)
 
 
 def _oracle(

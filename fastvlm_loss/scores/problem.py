@@ -5,7 +5,8 @@ The one place for validation, dtype, autocast and contiguity. Everything below i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,11 @@ class Problem:
         bias: additive bias `[]` or None, likewise.
         target: column of each row's positive `[M]` int64, -1 for none; None means row i has column i.
         row_id, col_id: int64 `[M]` and `[N]`, or None. Equal ids leave the candidates unless they are the
-            target; -1 is never a candidate.
+            target; -1 is never a candidate. (For a statistic with `positive_ids` equal ids are targets instead.)
+        row_factor, col_factor: `[M]` and `[N]` or None, a factor of every row's and column's scores (softmax) or
+            losses (sigmoid), with gradient where the statistic has one.
+        teacher_x, teacher_y, teacher_scale: `[M, E]`, `[N, E]` and `[]` of a second score matrix without gradients,
+            or None.
     """
 
     x: Tensor
@@ -42,6 +47,11 @@ class Problem:
     target: Tensor | None = None
     row_id: Tensor | None = None
     col_id: Tensor | None = None
+    row_factor: Tensor | None = None
+    col_factor: Tensor | None = None
+    teacher_x: Tensor | None = None
+    teacher_y: Tensor | None = None
+    teacher_scale: Tensor | None = None
 
     @classmethod
     def of(
@@ -78,6 +88,36 @@ class Problem:
                 check.finite("logit_bias", bias)
         x, y = x.contiguous(), y.contiguous()
         return cls(x, _distinct(y, x), scale, bias, target, row_id, col_id)
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The fields in order, as they travel through the op boundary."""
+        return tuple(vars(self).values())
+
+    def weighted(self, image_factors: Tensor | None, text_factors: Tensor | None) -> Problem:
+        """The same with a factor for each row `[M]` and column `[N]`; ones for None."""
+        m, n, dtype = self.x.shape[0], self.y.shape[0], self.scale.dtype
+        row, col = (
+            self.x.new_ones(length, dtype=dtype) if v is None else check.vector(name, v, length, self.x, dtype)
+            for name, v, length in (("image_factors", image_factors, m), ("text_factors", text_factors, n))
+        )
+        return replace(self, row_factor=row.contiguous(), col_factor=_distinct(col.contiguous(), row))
+
+    def taught(self, teacher_image_features: Tensor, teacher_text_features: Tensor, teacher_scale: Any) -> Problem:
+        """The same with a second score matrix, of features without gradients."""
+        x = _autocast(check.features("teacher_image_features", teacher_image_features))
+        y = _autocast(check.features("teacher_text_features", teacher_text_features))
+        check.alike("teacher_text_features", y, "teacher_image_features", x)
+        for name, t, own in (("teacher_image_features", x, self.x), ("teacher_text_features", y, self.y)):
+            if t.shape[0] != own.shape[0] or t.dtype != own.dtype or t.device != own.device:
+                raise ValueError(
+                    f"{name}: got {t.dtype} {list(t.shape)} on {t.device}, "
+                    f"wanted {own.shape[0]} rows of {own.dtype} on {own.device} as the features"
+                )
+        scale = check.scalar("teacher_scale", teacher_scale, self.x, self.scale.dtype, positive=True)
+        if x.requires_grad or y.requires_grad or scale.requires_grad:
+            raise ValueError("teacher: got tensors that require grad, wanted detached ones (a teacher has no gradient)")
+        x, y = x.contiguous(), y.contiguous()
+        return replace(self, teacher_x=x, teacher_y=_distinct(y, x), teacher_scale=scale)
 
     def targets(self) -> tuple[Tensor | None, Tensor | None]:
         """How many targets each row `[M]` and column `[N]` has, or None where each has exactly one."""

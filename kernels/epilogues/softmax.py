@@ -1,18 +1,31 @@
 """Softmax statistics of a score tile, in both directions, and their gradient tile.
 
-Along an axis the state of a set of scores is the monoid `(m, l, p)`, with `GAP` also `(t, n)`:
+Scores are in bits, s = log2(e) * (scale * <x, y> + bias), so that an exponential is one `exp2`. Along an axis the
+state of a set of scores is the monoid `(m, l, p)`, and the options add fields of their own, in this order:
 
-    m = max s      l = sum exp(s - m)      p = sum of the scores that are targets      t = sum s      n = count
+    m = max z      l = sum 2^(z - m)      p = sum of s over the targets              z = s, or factor * s with FACTOR
+    FACTOR    u = sum 2^(z - m) s                               for the gradient of the factor
+    GAP       t = sum s      n = count                          the uniform distribution over the candidates, or
+      TEACHER t = sum 2^(v - q) s      n = sum 2^(v - q)      q = max v      the softmax of teacher scores v
 
 `partial` makes it from a tile and `merge` joins two, for tiles, chunks, threads and ranks alike. A score of -inf
-is not a candidate: it leaves every field as it is. What the engine differentiates is
+is not a candidate: it leaves every field as it is. (In a state, m may be any number near the maximum.) What the engine
+differentiates is, in nats,
 
-    nll = (m - p / targets) + log l          gap = p / targets - t / n
+    nll = (factor m - factor p / targets) + log l          gap = factor (p / targets - t / n)
 
-so that label smoothing is `nll + eps * gap`. See objectives: InfoNCE, "Precision rules".
+so that label smoothing is `nll + eps * gap` and a soft target `nll + gap`. See objectives: InfoNCE, "Precision rules".
+
+`shared_partial` and `shared_gradient` do the same with one exponential for both directions, about one shift for the
+whole tile, and say whether that lost nothing; where it did, the kernel falls back on the two above.
 """
 
 from ..lang import jit, tl
+
+ROWS, COLS, GAP = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4)
+TEACHER, FACTOR = tl.constexpr(8), tl.constexpr(16)
+LOW, HIGH = tl.constexpr(2.0**-40), tl.constexpr(2.0**100)  # a sum within lost at most 2^-78 of itself to underflow
+SPREAD = tl.constexpr(120.0)  # bits between the references of a gradient tile, so that no product overflows
 
 
 @jit
@@ -22,64 +35,156 @@ def _finite(m):
 
 
 @jit
-def partial(s, hit, AXIS: tl.constexpr, GAP: tl.constexpr):
-    """State of the tile `s` along `AXIS` (1: a row's columns, 0: a column's rows); `hit` marks targets, or None."""
-    m = tl.max(s, AXIS)
-    l = tl.sum(tl.exp(s - tl.expand_dims(_finite(m), AXIS)), AXIS)  # noqa: E741
+def _scaled(s, factor, AXIS: tl.constexpr):
+    return tl.where(s == -float("inf"), s, s * tl.expand_dims(factor, AXIS))  # a factor of 0 makes no NaN
+
+
+@jit
+def partial(s, hit, teacher, factor, AXIS: tl.constexpr, FLAGS: tl.constexpr):
+    """State of the tile `s` along `AXIS` (1: a row's columns, 0: a column's rows).
+
+    `hit` marks targets; `teacher` are teacher scores; `factor` has one number a row (or column). Each may be None.
+    """
+    z = s
+    if FLAGS & FACTOR:
+        z = _scaled(s, factor, AXIS)
+    m = tl.max(z, AXIS)
+    e = tl.exp2(z - tl.expand_dims(_finite(m), AXIS))
+    l = tl.sum(e, AXIS)  # noqa: E741
     if hit is not None:
         p = tl.sum(tl.where(hit, s, 0.0), AXIS)
     else:
         p = l * 0.0
-    if GAP:
-        live = s != -float("inf")
-        t = tl.sum(tl.where(live, s, 0.0), AXIS)
-        n = tl.sum(tl.where(live, 1.0, 0.0), AXIS)
-        state = (m, l, p, t, n)
-    else:
-        state = (m, l, p)
+    state = (m, l, p)
+    live = s != -float("inf")
+    if FLAGS & FACTOR:
+        state = state + (tl.sum(e * tl.where(live, s, 0.0), AXIS),)
+    if FLAGS & TEACHER:
+        v = tl.where(live, teacher, -float("inf"))
+        q = tl.max(v, AXIS)
+        w = tl.exp2(v - tl.expand_dims(_finite(q), AXIS))
+        state = state + (tl.sum(w * tl.where(live, s, 0.0), AXIS), tl.sum(w, AXIS), q)
+    elif FLAGS & GAP:
+        state = state + (tl.sum(tl.where(live, s, 0.0), AXIS), tl.sum(tl.where(live, 1.0, 0.0), AXIS))
     return state
 
 
 @jit
-def merge(a, b, GAP: tl.constexpr):
+def merge(a, b, FLAGS: tl.constexpr):
     """State of the union of two disjoint sets of scores."""
+    T: tl.constexpr = 3 + (FLAGS & FACTOR) // FACTOR
     m = tl.maximum(a[0], b[0])
-    shift = _finite(m)
-    l = a[1] * tl.exp(a[0] - shift) + b[1] * tl.exp(b[0] - shift)  # noqa: E741
-    if GAP:
-        state = (m, l, a[2] + b[2], a[3] + b[3], a[4] + b[4])
-    else:
-        state = (m, l, a[2] + b[2])
+    wa, wb = tl.exp2(a[0] - _finite(m)), tl.exp2(b[0] - _finite(m))
+    state = (m, a[1] * wa + b[1] * wb, a[2] + b[2])
+    if FLAGS & FACTOR:
+        state = state + (a[3] * wa + b[3] * wb,)
+    if FLAGS & TEACHER:
+        q = tl.maximum(a[T + 2], b[T + 2])
+        va, vb = tl.exp2(a[T + 2] - _finite(q)), tl.exp2(b[T + 2] - _finite(q))
+        state = state + (a[T] * va + b[T] * vb, a[T + 1] * va + b[T + 1] * vb, q)
+    elif FLAGS & GAP:
+        state = state + (a[T] + b[T], a[T + 1] + b[T + 1])
     return state
 
 
 @jit
-def _soft(s, operands, AXIS: tl.constexpr):
-    # cotangent times probability: the operand already carries 1 / l
-    return tl.expand_dims(operands[1], AXIS) * tl.exp(s - tl.expand_dims(operands[0], AXIS))
+def settled(state, FLAGS: tl.constexpr):
+    """The same state with m within 31 bits of the log-sum, as `shared_gradient` relies on; most are already."""
+    k = tl.floor(tl.log2(state[1]))
+    k = tl.where((tl.abs(k) > 30.0) & (tl.abs(k) < 200.0), k, 0.0)  # no candidate at all: log2 0
+    out = (state[0] + k, state[1] * tl.exp2(-k))
+    for f in tl.static_range(2, len(state)):
+        out = out + (state[f],)
+    return out
 
 
 @jit
-def gradient(s, hit, row, col, ROWS: tl.constexpr, COLS: tl.constexpr, GAP: tl.constexpr):
+def shared_partial(s, shift, FLAGS: tl.constexpr):
+    """States of a tile without targets along both axes from one exponential, and whether they lost nothing."""
+    e = tl.exp2(s - shift)
+    row, col = tl.sum(e, 1), tl.sum(e, 0)
+    kept = True
+    if FLAGS & ROWS:
+        kept = (tl.min(row, 0) > LOW) & (tl.max(row, 0) < HIGH)
+    if FLAGS & COLS:
+        kept = kept & (tl.min(col, 0) > LOW) & (tl.max(col, 0) < HIGH)
+    return (row * 0.0 + shift, row, row * 0.0), (col * 0.0 + shift, col, col * 0.0), kept
+
+
+@jit
+def _pull(s, hit, teacher, operands, AXIS: tl.constexpr, FLAGS: tl.constexpr):
+    # one direction's part of G: the operands already carry cotangent, 1 / l, 1 / targets, 1 / n and the factor
+    C: tl.constexpr = 3 + (FLAGS & FACTOR) // FACTOR
+    z = s
+    if FLAGS & FACTOR:
+        z = _scaled(s, operands[3], AXIS)
+    g = tl.expand_dims(operands[1], AXIS) * tl.exp2(z - tl.expand_dims(operands[0], AXIS))
+    if hit is not None:
+        g = g - tl.where(hit, tl.expand_dims(operands[2], AXIS), 0.0)
+    if FLAGS & TEACHER:
+        v = tl.where(s == -float("inf"), s, teacher)
+        g = g - tl.expand_dims(operands[C], AXIS) * tl.exp2(v - tl.expand_dims(operands[C + 1], AXIS))
+    elif FLAGS & GAP:
+        g = g - tl.where(s == -float("inf"), 0.0, tl.expand_dims(operands[C], AXIS))
+    return g
+
+
+@jit
+def gradient(s, hit, teacher, row, col, FLAGS: tl.constexpr):
     """G = sum of cotangent * d stat / d s, the target subtracted inside the tile (before any rounding of G).
 
-    `row` and `col` are tuples of vectors: m, cotangent / l, target coefficient and, with `GAP`, candidate coefficient.
+    `row` and `col` are tuples of vectors: m, cotangent / l, target coefficient, and as the options ask the factor,
+    the candidate coefficient, q.
     """
-    if ROWS:
-        g = _soft(s, row, 1)
-        if COLS:
-            g = g + _soft(s, col, 0)
+    if FLAGS & ROWS:
+        g = _pull(s, hit, teacher, row, 1, FLAGS)
+        if FLAGS & COLS:
+            g = g + _pull(s, hit, teacher, col, 0, FLAGS)
     else:
-        g = _soft(s, col, 0)
-    if hit is not None:
-        if ROWS:
-            g = g - tl.where(hit, tl.expand_dims(row[2], 1), 0.0)
-        if COLS:
-            g = g - tl.where(hit, tl.expand_dims(col[2], 0), 0.0)
-    if GAP:
-        live = s != -float("inf")
-        if ROWS:
-            g = g - tl.where(live, tl.expand_dims(row[3], 1), 0.0)
-        if COLS:
-            g = g - tl.where(live, tl.expand_dims(col[3], 0), 0.0)
+        g = _pull(s, hit, teacher, col, 0, FLAGS)
     return g
+
+
+@jit
+def shareable(row, col, FLAGS: tl.constexpr):
+    """The shift that one exponential for both directions may take in `shared_gradient`, and whether it may."""
+    if FLAGS & ROWS:
+        low, high = tl.min(row[0], 0), tl.max(row[0], 0)
+        if FLAGS & COLS:
+            low, high = tl.minimum(low, tl.min(col[0], 0)), tl.maximum(high, tl.max(col[0], 0))
+    else:
+        low, high = tl.min(col[0], 0), tl.max(col[0], 0)
+    return (low + high) * 0.5, high - low < SPREAD
+
+
+@jit
+def shared_gradient(s, shift, row, col, FLAGS: tl.constexpr):
+    """G of a tile without targets whose rows and columns have their `m` within `SPREAD` of one another."""
+    if FLAGS & ROWS:
+        weight = tl.expand_dims(row[1] * tl.exp2(shift - row[0]), 1)
+        if FLAGS & COLS:
+            weight = weight + tl.expand_dims(col[1] * tl.exp2(shift - col[0]), 0)
+    else:
+        weight = tl.expand_dims(col[1] * tl.exp2(shift - col[0]), 0)
+    return tl.exp2(s - shift) * weight
+
+
+@jit
+def identity(zero, FLAGS: tl.constexpr):
+    """State of no scores at all, shaped like `zero`."""
+    none = zero - float("inf")
+    state = (none, zero, zero)
+    if FLAGS & FACTOR:
+        state = state + (zero,)
+    if FLAGS & GAP:
+        state = state + (zero, zero)
+    if FLAGS & TEACHER:
+        state = state + (none,)
+    return state
+
+
+# what the kernels take: with the cheap way for both directions, and without
+FOLD = (identity, partial, merge, shared_partial, settled)
+EXACT_FOLD = (identity, partial, merge, None, settled)
+PULL = (gradient, None, shareable, shared_gradient)
+EXACT_PULL = (gradient, None, None, None)

@@ -1,0 +1,386 @@
+"""The GPU backend: Triton kernels for scores, library products for the features' gradients.
+
+Forward walks over strips of rows whose column states fit the workspace; backward over macro-tiles whose G fits it:
+the gradient kernel writes G, then `dX += G Y` and `dY += G^T X` with fp32 accumulation. 8 M N D operations in all,
+6 for a sweep. Nothing waits for the GPU, and the order of every sum is fixed.
+"""
+
+from __future__ import annotations
+
+import functools
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..kernels import configs
+from ..kernels.forward import forward as forward_kernel
+from ..kernels.gradient import gradient as gradient_kernel
+from ..kernels.lang import HAS_TRITON
+from ..kernels.merge import merge as merge_kernel
+from ..kernels.scores import IDS, POSITIVE
+from ..scores.problem import Problem
+from ..scores.statistics import LN2, Sigmoid, Softmax
+
+__all__ = ["AUTO", "gradient", "refuses", "runs_on", "set_workspace", "statistics", "sweep", "unavailable", "unit"]
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# G of size 1 is stored as this in fp16, or a probability of 1 / N would be subnormal; no sum of its parts overflows
+FP16_UNIT = 1024.0
+MERGE_BLOCK = 128
+INTERPRETED = (90, 2)  # the GPU that the interpreter stands for: architecture, multiprocessors
+
+_workspace = 256 * 2**20
+
+
+def set_workspace(size: int) -> None:
+    """Bound the memory that a loss may use on a GPU beyond its inputs, gradients and O(M + N) statistics.
+
+    Args:
+        size: bytes, at least 2**20; 256 MiB to begin with. Larger means fewer, larger launches.
+
+    Raises:
+        TypeError, ValueError: not an int, or less than 1 MiB.
+    """
+    global _workspace
+    if isinstance(size, bool) or not isinstance(size, int):
+        raise TypeError(f"size: got {type(size).__name__} {size!r}, wanted a number of bytes")
+    if size < 2**20:
+        raise ValueError(f"size: got {size}, wanted at least {2**20} bytes")
+    _workspace = size
+
+
+def _interpreted() -> bool:
+    if not HAS_TRITON:
+        return False
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+_INTERPRETED = _interpreted()  # at import, as Triton decides it, and so that a compiled graph sees a constant
+
+
+def unavailable() -> str:
+    """Why this backend is not live, or an empty string."""
+    if not HAS_TRITON:
+        return "Triton is not installed"
+    if not torch.cuda.is_available() and not _INTERPRETED:
+        return "no CUDA device"
+    return ""
+
+
+AUTO = not _INTERPRETED  # which is there for tests
+
+
+def refuses(problem: Problem, statistic: Softmax | Sigmoid) -> str:
+    """What this backend wants instead of a problem like this, or an empty string."""
+    device = problem.x.device
+    if not HAS_TRITON:
+        return "Triton to be installed"
+    if device.type != ("cpu" if _INTERPRETED else "cuda") or problem.x.dtype not in DTYPES:
+        return "bfloat16, float16 or float32 features on cuda"
+    if device.type == "cuda" and torch.cuda.get_device_properties(device).major < 8:
+        return "a GPU of compute capability 8.0 or later"
+    return ""
+
+
+def runs_on() -> str:
+    """The GPU, or the interpreter."""
+    return "Triton's interpreter, on CPU" if _INTERPRETED else torch.cuda.get_device_name()
+
+
+def statistics(problem: Problem, statistic: Softmax, keep: bool = False) -> tuple[Tensor, Tensor]:
+    """State `[fields, L]` of all rows, then all columns. Keeps no products: making them again costs less than storing.
+
+    Each strip of rows is one launch; its column states, one a row block, are merged into the result by another.
+    """
+    m, n = problem.x.shape[0], problem.y.shape[0]
+    rows, cols = statistic.lengths(m, n)
+    if not m or not n:
+        return statistic.identity(problem.x, torch.float32, rows + cols), problem.x.new_empty(0)
+    fields, new = statistic.fields, problem.scale.new_empty
+    state = new((fields, rows + cols))
+    with _on(problem.x.device):
+        call = _Call.of("forward", problem, statistic)
+        tile = call.tile
+        strip = _strip(m, max(1, _workspace // (4 * fields * n)) if cols else m, tile.rows)
+        for first in range(0, m, strip):
+            size = min(strip, m - first)
+            blocks = _ceil(size, tile.rows)
+            count, parts = _parts(blocks, _ceil(n, tile.cols), call.processors)
+            to_rows = new((parts, fields, size)) if rows else None
+            to_cols = new((blocks, fields, n)) if cols else None
+            forward_kernel[(blocks * parts,)](
+                *call.operands, *call.teacher, call.entries, to_rows, to_cols, m, n, first, size, count,
+                call.fold, call.flags, call.d, call.shape, call.load, **call.options,
+            )  # fmt: skip
+            if to_rows is not None:
+                _merge(to_rows, state[:, first : first + size], statistic, call.fold, onto=False)
+            if to_cols is not None:
+                _merge(to_cols, state[:, rows:], statistic, call.fold, onto=first > 0)
+    return state, problem.x.new_empty(0)
+
+
+def unit(problem: Problem, cotangents: tuple[Tensor, ...]) -> Tensor:
+    """What a G of size 1 in the workspace stands for: cotangents over it are of a known size, whatever the loss."""
+    size = _largest(*cotangents)
+    if problem.row_factor is not None and problem.col_factor is not None:
+        size = size * _largest(problem.row_factor, problem.col_factor).clamp(min=1.0)
+    return _unit(size, problem.x.dtype)
+
+
+def gradient(
+    problem: Problem, statistic: Softmax, products: Tensor, operands: Tensor, unit: Tensor, need_x: bool, need_y: bool,
+    need_scale: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`dx`, `dy` (empty if not needed), `sum G c` with c = <x, y>, and `sum G`, all of G times `unit`."""
+    rows, _ = statistic.lengths(problem.x.shape[0], problem.y.shape[0])
+    row, col = operands[:, :rows].contiguous(), operands[:, rows:].contiguous()
+    dx, dy, sums = _macro_tiles(problem, statistic, row, col, unit, need_x, need_y, need_scale)
+    return dx, dy, sums[0], sums[1]
+
+
+def sweep(
+    problem: Problem, statistic: Sigmoid, need_x: bool, need_y: bool, need_scale: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The total in nats, and what `gradient` returns, from one pass over the scores."""
+    weighted = problem.weighted(problem.row_factor, problem.col_factor)
+    row, col = weighted.row_factor, weighted.col_factor
+    assert row is not None and col is not None
+    unit = _unit(_largest(row) * _largest(col), problem.x.dtype)
+    dx, dy, sums = _macro_tiles(problem, statistic, (row / unit)[None], col[None], unit, need_x, need_y, True)
+    return sums[2] * LN2, dx, dy, sums[0], sums[1]
+
+
+def _macro_tiles(
+    problem: Problem, statistic: Softmax | Sigmoid, row: Tensor, col: Tensor, unit: Tensor, need_x: bool, need_y: bool,
+    need_sums: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`dx`, `dy` and the kernel's three sums, from G made and consumed macro-tile by macro-tile."""
+    x, y, (m, d), n = problem.x, problem.y, problem.x.shape, problem.y.shape[0]
+    new, need_g = problem.scale.new_zeros, need_x or need_y
+    dx, dy = x.new_empty(x.shape if need_x else (0,)), y.new_empty(y.shape if need_y else (0,))
+    sums = new(3, dtype=torch.float64)
+    if not m or not n:
+        return dx.zero_(), dy.zero_(), sums.float()
+    factor = problem.scale * unit
+    with _on(x.device):
+        call = _Call.of("gradient", problem, statistic)
+        tile = call.tile
+        height, width = _macro_tile(m, n, _workspace // x.element_size(), tile)
+        workspace = x.new_empty(height * _round(width, 16) if need_g else 0)
+        sum_y = new((n if need_y else 0, d))
+        for i in range(0, m, height):
+            r = slice(i, min(i + height, m))
+            sum_x = new((r.stop - r.start if need_x else 0, d))
+            for j in range(0, n, width):
+                c = slice(j, min(j + width, n))
+                rows, cols = r.stop - r.start, c.stop - c.start
+                stride = _round(cols, 16)
+                g = workspace[: rows * stride].view(rows, stride)[:, :cols] if need_g else None
+                programs = _ceil(rows, tile.rows) * _ceil(cols, tile.cols)
+                parts = new((3, programs)) if need_sums else None
+                gradient_kernel[(programs,)](
+                    *call.operands, *call.teacher, call.entries, row, col, *call.outputs(g), parts,
+                    (m, n, i, j, rows, cols, stride), call.pull, call.flags, call.d, call.shape, call.load,
+                    **call.options,
+                )  # fmt: skip
+                if parts is not None:
+                    sums += parts.sum(1, dtype=torch.float64)
+                if g is not None and need_x:
+                    _add_product(sum_x, g, y[c])
+                if g is not None and need_y:
+                    _add_product(sum_y[c], g.T, x[r])
+            if need_x:
+                torch.mul(sum_x, factor, out=dx[r])
+        if need_y:
+            torch.mul(sum_y, factor, out=dy)
+    return dx, dy, (sums * unit).float()
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What every launch of a kernel on a problem shares."""
+
+    tile: configs.Tile
+    operands: tuple[Any, Any, Any]
+    teacher: tuple[Any, Any]
+    entries: tuple[Tensor | None, ...]
+    flags: int
+    d: tuple[int, int]
+    tma: bool
+    precision: str
+    processors: int
+    fold: Any
+    pull: Any
+
+    @classmethod
+    def of(cls, kernel: str, p: Problem, statistic: Softmax | Sigmoid) -> _Call:
+        """Tile, operands and options, from the problem and the GPU at hand."""
+        arch, processors = _device()
+        ids = p.row_id is not None and p.col_id is not None
+        cheap = statistic.plain and not (ids and statistic.positive_ids)
+        precision = _PRECISION[torch.get_float32_matmul_precision()] if p.x.dtype == torch.float32 else "half"
+        x, y = _aligned(p.x), _aligned(p.y)
+        kind = ("ids" if ids else "plain") if cheap else "exact"
+        tile, tma = configs.choose(kernel, arch, precision, x.shape[1], kind), arch >= 90
+        operands = tuple(
+            _operand(t, rows, tile.depth, tma) for t, rows in ((x, tile.rows), (y, tile.cols), (y, tile.piece))
+        )
+        teacher: tuple[Any, Any] = (None, None)
+        depths = x.shape[1], 0
+        if p.teacher_x is not None and p.teacher_y is not None:
+            tx, ty = _aligned(p.teacher_x), _aligned(p.teacher_y)
+            teacher = _operand(tx, tile.rows, tile.depth, tma), _operand(ty, tile.piece, tile.depth, tma)
+            depths = x.shape[1], tx.shape[1]
+        row_id, col_id = _ranks(p.row_id, p.col_id) if p.row_id is not None and p.col_id is not None else (None, None)
+        target = None if p.target is None else p.target.int()
+        factors = (p.row_factor, p.col_factor) if statistic.name == "softmax" else (None, None)
+        entries = (p.scale, p.bias, p.teacher_scale, target, row_id, col_id, *factors)
+        flags = statistic.flags | (IDS.value * ids) | (POSITIVE.value * (ids and statistic.positive_ids))
+        epilogue = statistic.epilogue
+        fold, pull = (epilogue.FOLD, epilogue.PULL) if cheap else (epilogue.EXACT_FOLD, epilogue.EXACT_PULL)
+        return cls(
+            tile,
+            operands,
+            teacher,
+            entries,
+            flags,
+            depths,
+            tma,
+            precision,
+            processors,
+            fold,
+            (*pull, statistic.operands),
+        )
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """The tile's sizes."""
+        return self.tile.rows, self.tile.cols, self.tile.depth, self.tile.piece
+
+    @property
+    def load(self) -> tuple[bool, str]:
+        """How operands are read, and how fp32 is multiplied."""
+        return self.tma, "ieee" if self.precision == "half" else self.precision
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Launch options; fused multiply-add is what later Triton versions no longer take for granted."""
+        return {"num_warps": self.tile.warps, "num_stages": self.tile.stages, "enable_fp_fusion": True}
+
+    def outputs(self, g: Tensor | None) -> tuple[Any, Any]:
+        """The workspace for whole tiles, and for pieces."""
+        if g is None or not self.tma:
+            return g, g
+        return _descriptor(g, self.tile.rows, self.tile.cols), _descriptor(g, self.tile.rows, self.tile.piece)
+
+
+_PRECISION = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
+
+
+def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """`out += a @ b` with fp32 accumulation by the library."""
+    if a.dtype == torch.float32 or not out.is_cuda:
+        out.addmm_(a.float(), b.float())
+    else:
+        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+
+
+def _merge(parts: Tensor, state: Tensor, statistic: Softmax, fold: Any, onto: bool) -> None:
+    count, _, length = parts.shape
+    merge_kernel[(_ceil(length, MERGE_BLOCK),)](
+        parts, state, count, length, state.stride(0), fold, statistic.flags, onto, MERGE_BLOCK, num_warps=4
+    )
+
+
+def _aligned(t: Tensor) -> Tensor:
+    """The same features with rows of a multiple of 16 bytes; the zeros that are added change no product."""
+    missing = -t.shape[1] % (16 // t.element_size())
+    if missing:
+        return F.pad(t, (0, missing))
+    return t if t.data_ptr() % 16 == 0 else t.clone()
+
+
+def _operand(t: Tensor, rows: int, depth: int, tma: bool) -> Any:
+    return _descriptor(t, rows, depth) if tma else t
+
+
+def _descriptor(t: Tensor, rows: int, cols: int) -> Any:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    # strides as they ought to be: a tensor of one row may have any
+    stride = t.stride(0) if t.shape[0] > 1 else _round(t.shape[1], 16)
+    return TensorDescriptor(t, list(t.shape), [stride, 1], [rows, cols])
+
+
+def _ranks(row_id: Tensor, col_id: Tensor) -> tuple[Tensor, Tensor]:
+    """The ids as 32-bit ranks (-1 stays), which cost a kernel half the registers."""
+    ids = torch.cat([row_id, col_id])
+    order = ids.argsort()
+    ordered = ids[order]
+    rank = F.pad((ordered[1:] != ordered[:-1]).int(), (1, 0)).cumsum(0, dtype=torch.int32)
+    rank = torch.empty_like(rank).scatter_(0, order, rank).masked_fill_(ids == -1, -1)
+    return rank[: row_id.shape[0]], rank[row_id.shape[0] :].clone()
+
+
+def _largest(*vectors: Tensor) -> Tensor:
+    return torch.stack([v.abs().amax() if v.numel() else v.new_zeros(()) for v in vectors]).amax()
+
+
+def _unit(size: Tensor, dtype: torch.dtype) -> Tensor:
+    size = torch.where(size > 0, size, 1.0)
+    return size / FP16_UNIT if dtype == torch.float16 else size
+
+
+def _strip(m: int, blocks: int, rows: int) -> int:
+    """Rows of a launch, at most `blocks` row blocks, alike for all launches."""
+    launches = _ceil(_ceil(m, rows), blocks)
+    return _round(_ceil(m, launches), rows)
+
+
+def _parts(blocks: int, tiles: int, processors: int) -> tuple[int, int]:
+    """Tiles of columns a program walks over, and programs a row block: enough of them to fill the GPU evenly."""
+    wanted = _ceil(8 * processors, blocks) if tiles >= 4 * _ceil(8 * processors, blocks) else _ceil(processors, blocks)
+    count = _ceil(tiles, min(tiles, wanted))
+    return count, _ceil(tiles, count)
+
+
+def _macro_tile(m: int, n: int, elements: int, tile: configs.Tile) -> tuple[int, int]:
+    """Rows and columns of a macro-tile of at most `elements`, near square and alike along each side."""
+    side = max(int(elements**0.5) // 256 * 256, 256)
+    height = _round(_ceil(m, _ceil(m, side)), tile.rows)
+    most = max((elements // min(height, _round(m, 16)) - 16) // tile.cols * tile.cols, tile.cols)
+    return height, _round(_ceil(n, _ceil(n, most)), tile.cols)
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _round(a: int, b: int) -> int:
+    return _ceil(a, b) * b
+
+
+def _device() -> tuple[int, int]:
+    """Compute capability times ten, and streaming multiprocessors, of the current GPU."""
+    if _INTERPRETED:
+        return INTERPRETED
+    from triton.runtime import driver
+
+    return _properties(driver.active, driver.active.get_current_device())
+
+
+@functools.cache
+def _properties(active: Any, device: int) -> tuple[int, int]:
+    properties = active.utils.get_device_properties(device)
+    return int(active.get_current_target().arch), int(properties["multiprocessor_count"])
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Launch on the features' device, on its current stream."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -1,0 +1,109 @@
+"""Sigmoid loss: every pair is a question of its own, match or not, with learnable temperature and bias.
+
+s_ij = logit_scale * <image_i, text_j> + logit_bias          y_ij = 1 for a match, else 0
+L = 1/M sum_ij [ softplus(s_ij) - y_ij s_ij ]
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..engine import tile
+from ..scores import check
+from ..scores.problem import Problem
+from ._reduce import unit_features
+from ._spec import LossSpec, register
+
+__all__ = ["siglip_loss"]
+
+
+def siglip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None = None,
+    *,
+    labels: Tensor | None = None,
+    image_ids: Tensor | None = None,
+    text_ids: Tensor | None = None,
+    normalize: bool = False,
+    reduction: Literal["mean", "sum"] = "mean",
+    group: None = None,
+    check_finite: bool = False,
+) -> Tensor:
+    """Sigmoid loss of SigLIP without the M x N score matrix, value and gradients from one sweep over the scores.
+
+    Args:
+        image_features: `[M, D]`, fp64, fp32, bf16 or fp16; L2-normalised by the caller, or `normalize=True`.
+            Under autocast they are cast to its dtype, as a matmul's operands are.
+        text_features: `[N, D]`, same dtype and device.
+        logit_scale: multiplicative inverse temperature > 0 (`exp` of the parameter, 10 to begin with), a number or a
+            tensor of shape `[]` or `[1]`, differentiable.
+        logit_bias: added to every score (-10 to begin with), number or tensor, differentiable.
+        labels: int `[M]`, the text of each image, -1 for none; None pairs image i with text i (M = N).
+        image_ids, text_ids: int `[M]`, `[N]`. Equal ids are matches too, all of them; -1 takes a sample out of the
+            loss, not out of the mean. One of them alone serves both, where there are no labels.
+        normalize: L2-normalise the features first (differentiably).
+        reduction: "mean" (the sum over all pairs divided by M, as published) or "sum".
+        group: must be None; the loss over a process group is not part of this version.
+        check_finite: raise on NaN or infinity in the features, naming the row (synchronises on a GPU).
+
+    Returns:
+        fp32 scalar (fp64 for fp64 features), differentiable in features, scale and bias; empty batches give 0.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, shape, dtype, device or range, named.
+
+    Source: Zhai et al. 2023 (SigLIP), equation 1.
+    """
+    check.choice("reduction", reduction, ("mean", "sum"))
+    if group is not None:
+        raise ValueError(f"group: got {type(group).__name__}, wanted None (one process; gather the features yourself)")
+    if check.flag("normalize", normalize):
+        image_features, text_features = unit_features(image_features, text_features)
+    problem = Problem.of(
+        image_features, text_features, logit_scale, logit_bias,
+        labels=labels, image_ids=image_ids, text_ids=text_ids, check_finite=check_finite,
+    )  # fmt: skip
+    total = tile.sigmoid(problem)
+    return total / max(problem.x.shape[0], 1) if reduction == "mean" else total
+
+
+def _oracle(
+    image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None = None, *, labels: Tensor | None = None, image_ids: Tensor | None = None,
+    text_ids: Tensor | None = None, normalize: bool = False, reduction: str = "mean",
+) -> Tensor:  # fmt: skip
+    """The equation on the dense score matrix."""
+    if normalize:
+        image_features, text_features = F.normalize(image_features, dim=1), F.normalize(text_features, dim=1)
+    s = logit_scale * image_features @ text_features.T + (0.0 if logit_bias is None else logit_bias)
+    m, n = s.shape
+    y = (torch.arange(m, device=s.device) if labels is None else labels)[:, None] == torch.arange(n, device=s.device)
+    present = torch.ones_like(y)
+    row_id, col_id = (text_ids if image_ids is None else image_ids), (image_ids if text_ids is None else text_ids)
+    if row_id is not None and col_id is not None:
+        present = (row_id != -1)[:, None] & (col_id != -1)
+        y = y | (row_id[:, None] == col_id)
+    total = torch.where(present, F.softplus(torch.where(y, -s, s)), 0.0).sum()
+    return total / max(m, 1) if reduction == "mean" else total
+
+
+def _ids(m: int, n: int, device: torch.device, g: torch.Generator) -> Tensor:
+    ids = torch.randint(0, max(m // 2, 1), (m,), generator=g)
+    return ids.masked_fill(torch.rand(m, generator=g) < 0.1, -1).to(device)
+
+
+SPEC = register(
+    LossSpec(
+        function=siglip_loss,
+        oracle=_oracle,
+        equation="1/M Σ_ij softplus((1 − 2 y_ij) s_ij)",
+        paper="Zhai et al. 2023, equation 1",
+        variants=({}, {"image_ids": _ids}, {"reduction": "sum"}, {"text_ids": _ids, "normalize": True}),
+    )
+)

@@ -1,0 +1,106 @@
+"""The tile table: which tile a kernel takes on an architecture, for a dtype, a class of D and a kind of epilogue.
+
+Beside each row stands what justifies it: a measurement, or, as long as there is none, the static report of
+`tools/kernel_report.py` (docs/kernels.md has its table). `use` puts another tile in a row's place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+__all__ = ["TABLE", "Tile", "choose", "use"]
+
+
+class Tile(NamedTuple):
+    """Rows and columns of a tile of scores, depth of a step, columns of an exact piece, warps and pipeline stages."""
+
+    rows: int
+    cols: int
+    depth: int
+    piece: int
+    warps: int
+    stages: int
+
+
+# kind: "plain" shares one exponential between the directions, "ids" does so behind a mask, "exact" does not
+# (kernel, architecture, dtype or precision, largest D, kind): tile
+ANY = 1 << 30
+TABLE: dict[tuple[str, int, str, int, str], Tile] = {
+    ("forward", 80, "half", ANY, "plain"): Tile(128, 128, 32, 64, 8, 3),
+    ("forward", 80, "half", ANY, "ids"): Tile(128, 128, 32, 32, 8, 3),
+    ("forward", 80, "half", ANY, "exact"): Tile(128, 64, 32, 64, 8, 3),
+    ("gradient", 80, "half", ANY, "plain"): Tile(128, 128, 32, 64, 8, 3),
+    ("gradient", 80, "half", ANY, "ids"): Tile(128, 128, 32, 32, 8, 3),
+    ("gradient", 80, "half", ANY, "exact"): Tile(128, 64, 32, 64, 8, 3),
+    ("forward", 90, "half", ANY, "plain"): Tile(128, 256, 64, 64, 8, 3),
+    ("forward", 90, "half", ANY, "ids"): Tile(128, 128, 64, 64, 8, 3),
+    ("forward", 90, "half", ANY, "exact"): Tile(128, 64, 64, 64, 8, 3),
+    ("gradient", 90, "half", ANY, "plain"): Tile(128, 256, 64, 64, 8, 3),
+    ("gradient", 90, "half", ANY, "ids"): Tile(128, 128, 64, 32, 8, 3),
+    ("gradient", 90, "half", ANY, "exact"): Tile(128, 64, 64, 64, 8, 3),
+    ("forward", 100, "half", ANY, "plain"): Tile(128, 128, 64, 64, 8, 3),
+    ("forward", 100, "half", ANY, "ids"): Tile(128, 128, 64, 32, 8, 3),
+    ("forward", 100, "half", ANY, "exact"): Tile(128, 64, 64, 64, 8, 3),
+    ("gradient", 100, "half", ANY, "plain"): Tile(128, 128, 64, 64, 8, 3),
+    ("gradient", 100, "half", ANY, "ids"): Tile(128, 128, 64, 32, 8, 3),
+    ("gradient", 100, "half", ANY, "exact"): Tile(128, 64, 64, 64, 8, 3),
+    ("forward", 80, "ieee", ANY, "plain"): Tile(64, 64, 32, 64, 8, 2),
+    ("forward", 80, "tf32", ANY, "plain"): Tile(128, 64, 32, 64, 8, 3),
+    ("forward", 80, "tf32x3", ANY, "plain"): Tile(128, 64, 32, 64, 8, 3),
+    ("forward", 80, "ieee", ANY, "ids"): Tile(64, 64, 32, 64, 8, 2),
+    ("forward", 80, "tf32", ANY, "ids"): Tile(128, 64, 32, 64, 8, 3),
+    ("forward", 80, "tf32x3", ANY, "ids"): Tile(128, 64, 32, 64, 8, 3),
+    ("forward", 80, "ieee", ANY, "exact"): Tile(64, 64, 32, 64, 8, 2),
+    ("forward", 80, "tf32", ANY, "exact"): Tile(128, 64, 32, 64, 8, 3),
+    ("forward", 80, "tf32x3", ANY, "exact"): Tile(128, 64, 32, 64, 8, 3),
+    ("gradient", 80, "ieee", ANY, "plain"): Tile(64, 64, 32, 64, 8, 2),
+    ("gradient", 80, "tf32", ANY, "plain"): Tile(128, 64, 32, 64, 8, 3),
+    ("gradient", 80, "tf32x3", ANY, "plain"): Tile(128, 64, 32, 64, 8, 3),
+    ("gradient", 80, "ieee", ANY, "ids"): Tile(64, 64, 32, 64, 8, 2),
+    ("gradient", 80, "tf32", ANY, "ids"): Tile(128, 64, 32, 64, 8, 3),
+    ("gradient", 80, "tf32x3", ANY, "ids"): Tile(128, 64, 32, 64, 8, 3),
+    ("gradient", 80, "ieee", ANY, "exact"): Tile(64, 64, 32, 64, 8, 2),
+    ("gradient", 80, "tf32", ANY, "exact"): Tile(128, 64, 32, 64, 8, 3),
+    ("gradient", 80, "tf32x3", ANY, "exact"): Tile(128, 64, 32, 64, 8, 3),
+}
+
+_used: dict[str, Tile] = {}
+
+
+def choose(kernel: str, arch: int, precision: str, d: int, kind: str) -> Tile:
+    """The tile of the newest known architecture up to `arch`, with the smallest D class that holds `d`.
+
+    Args:
+        kernel: "forward" or "gradient".
+        arch: compute capability times ten.
+        precision: "half" (bf16, fp16), or how fp32 is multiplied: "ieee", "tf32", "tf32x3".
+        d: feature dimension.
+        kind: "plain", "ids" or "exact".
+    """
+    if kernel in _used:
+        tile = _used[kernel]
+    else:
+        rows = [
+            k for k in TABLE if k[0] == kernel and k[1] <= arch and k[2] == precision and d <= k[3] and k[4] == kind
+        ]
+        if not rows:
+            raise ValueError(f"no tile for {kernel}, sm_{arch}, {precision}, D = {d}, {kind}")
+        newest = max(k[1] for k in rows)
+        tile = TABLE[min((k for k in rows if k[1] == newest), key=lambda k: k[3])]
+    return tile._replace(depth=min(tile.depth, max(16, 1 << (d - 1).bit_length())))
+
+
+@contextmanager
+def use(kernel: str, tile: Tile) -> Iterator[None]:
+    """Inside the block `kernel` takes this tile, whatever the table says: for tuning and for tests."""
+    before = _used.get(kernel)
+    _used[kernel] = tile
+    try:
+        yield
+    finally:
+        if before is None:
+            del _used[kernel]
+        else:
+            _used[kernel] = before

@@ -1,0 +1,81 @@
+"""The forward kernel: a block of rows against a range of columns, folded into states; no score leaves the chip.
+
+One program keeps the state of its rows in registers while it walks over the columns, and writes the state that these
+rows give to each column. `merge.py` joins the parts: of the columns over the blocks, of the rows over the ranges.
+
+An epilogue may know a cheap way (`shared`, one exponential for both directions about a shift that is kept from tile to
+tile). The tiles for which it is not exact, and those on the diagonal, are done again in narrow pieces, so that the
+exact way costs no registers of the cheap one.
+"""
+
+from .lang import jit, tl
+from .layout import product, store_vectors
+from .scores import TARGET, columns_of, hits, numbers, rows_of, scores, targets_within
+
+
+@jit
+def _exactly(x, y, tx, ty, entries, m0, n0, M, N, row, partial: tl.constexpr, FLAGS: tl.constexpr, D: tl.constexpr,
+             BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, LOAD: tl.constexpr):  # fmt: skip
+    """States of one tile along both axes, each about its own maximum."""
+    scale, _, teacher_scale = numbers(entries)
+    col = columns_of(entries, n0 + tl.arange(0, BN), N)
+    s = scores(product(x, y, m0, n0, M, N, D[0], BM, BN, BK, LOAD), scale, row, col, N, FLAGS)
+    teacher = None
+    if tx is not None:
+        teacher = product(tx, ty, m0, n0, M, N, D[1], BM, BN, BK, LOAD) * teacher_scale
+    hit = hits(row, col, FLAGS)
+    return partial(s, hit, teacher, row[3], 1, FLAGS), partial(s, hit, teacher, col[3], 0, FLAGS)
+
+
+@jit
+def forward(X, Y, PIECE, TX, TY, entries, ROW, COL, M, N, first, rows, count, FOLD: tl.constexpr,
+            FLAGS: tl.constexpr, D: tl.constexpr, SHAPE: tl.constexpr, LOAD: tl.constexpr):  # fmt: skip
+    """Rows `first` to `first + rows` in blocks; each part of the grid takes `count` tiles of columns.
+
+    Writes ROW `[parts, fields, rows]` and COL `[blocks, fields, N]`. `SHAPE` is (rows, columns, depth, columns of a
+    piece); Y reads whole tiles, PIECE and TY pieces.
+    """
+    identity: tl.constexpr = FOLD[0]
+    partial: tl.constexpr = FOLD[1]
+    merge: tl.constexpr = FOLD[2]
+    shared: tl.constexpr = FOLD[3]
+    BM: tl.constexpr = SHAPE[0]
+    BN: tl.constexpr = SHAPE[1]
+    BP: tl.constexpr = SHAPE[3]
+    blocks = tl.cdiv(rows, BM)
+    block, part = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    m0 = first + block * BM
+    i = m0 + tl.arange(0, BM)
+    scale, bias, _ = numbers(entries)
+    row = rows_of(entries, i, M, bias)
+    state = identity(tl.zeros((BM,), tl.float32), FLAGS)
+    at_block = block.to(tl.int64) * len(state) * N
+    shift = 0.0
+    for tile in range(part * count, tl.minimum((part + 1) * count, tl.cdiv(N, BN))):
+        n0 = tile * BN
+        exact = True
+        if shared is not None:
+            col = columns_of(entries, n0 + tl.arange(0, BN), N)
+            s = scores(product(X, Y, m0, n0, M, N, D[0], BM, BN, SHAPE[2], LOAD), scale, row, col, N, FLAGS)
+            to_row, to_col, kept = shared(s, shift, FLAGS)
+            exact = (not kept) | targets_within(row[1], entries[TARGET] is None, m0, n0, BM, BN)
+            if not exact:
+                state = merge(state, to_row, FLAGS)
+                if COL is not None:
+                    store_vectors(COL, at_block, N, col[0], col[1], to_col)
+        if exact:
+            top = -float("inf")
+            for piece in range(BN // BP):
+                p0 = n0 + piece * BP
+                in_row, in_col = _exactly(
+                    X, PIECE, TX, TY, entries, m0, p0, M, N, row, partial, FLAGS, D, BM, BP, SHAPE[2], LOAD
+                )
+                j = p0 + tl.arange(0, BP)
+                state = merge(state, in_row, FLAGS)
+                if COL is not None:
+                    store_vectors(COL, at_block, N, j, j < N, in_col)
+                top = tl.maximum(top, tl.max(in_row[0], 0))
+            if shared is not None and (not kept) & (top > -float("inf")):
+                shift = top - 80.0  # room above for larger ones, and 120 bits below
+    if ROW is not None:
+        store_vectors(ROW, part.to(tl.int64) * len(state) * rows, rows, i - first, i < M, state)

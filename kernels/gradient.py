@@ -1,0 +1,93 @@
+"""The gradient kernel: one tile of scores is made again and becomes a tile of G = d loss / d scores in the workspace.
+
+G is in units that its reader knows (|G| is about 1), in the dtype of the features: two library products turn it into
+the features' gradients. Each program also leaves the sums that the scale and the bias need, before any rounding.
+"""
+
+from .lang import jit, tl
+from .layout import product, store_tile, store_vectors, vectors
+from .scores import TARGET, columns_of, hits, numbers, rows_of, scores, targets_within
+
+
+@jit
+def _exactly(x, y, tx, ty, entries, m0, n0, M, N, row, at_row, at_col, pull: tl.constexpr, value: tl.constexpr,
+             FLAGS: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+             LOAD: tl.constexpr):  # fmt: skip
+    """The tile of G, every exponential about its own reference, and its sums."""
+    scale, _, teacher_scale = numbers(entries)
+    col = columns_of(entries, n0 + tl.arange(0, BN), N)
+    acc = product(x, y, m0, n0, M, N, D[0], BM, BN, BK, LOAD)
+    s = scores(acc, scale, row, col, N, FLAGS)
+    teacher = None
+    if tx is not None:
+        teacher = product(tx, ty, m0, n0, M, N, D[1], BM, BN, BK, LOAD) * teacher_scale
+    hit = hits(row, col, FLAGS)
+    g = pull(s, hit, teacher, at_row, at_col, FLAGS)
+    return g, _sums(s, acc, g, hit, at_row, at_col, value, FLAGS)
+
+
+@jit
+def _sums(s, acc, g, hit, at_row, at_col, value: tl.constexpr, FLAGS: tl.constexpr):
+    """Sum of G c over the tile, with c = <x, y>; sum of G; and the loss itself where it is a plain sum."""
+    total = 0.0
+    if value is not None:
+        total = tl.sum(value(s, hit, at_row, at_col, FLAGS))
+    return tl.sum(g * acc), tl.sum(g), total
+
+
+@jit
+def gradient(X, Y, PIECE, TX, TY, entries, ROW, COL, OUT, OUT_PIECE, SUMS, place, PULL: tl.constexpr,
+             FLAGS: tl.constexpr, D: tl.constexpr, SHAPE: tl.constexpr, LOAD: tl.constexpr):  # fmt: skip
+    """The tile of G at `program_id` of a macro-tile, and its sums `SUMS[3, programs]` unless that is None.
+
+    `place` is (M, N, first row, first column, rows, columns, stride in the workspace) of the macro-tile; ROW and COL
+    hold the epilogue's operands `[OPERANDS, M]` and `[OPERANDS, N]`, `PULL` is (gradient, value, shareable, shared,
+    OPERANDS).
+    """
+    BM: tl.constexpr = SHAPE[0]
+    BN: tl.constexpr = SHAPE[1]
+    BP: tl.constexpr = SHAPE[3]
+    pull: tl.constexpr = PULL[0]
+    value: tl.constexpr = PULL[1]
+    shareable: tl.constexpr = PULL[2]
+    shared: tl.constexpr = PULL[3]
+    M, N, rows, cols, stride = place[0], place[1], place[4], place[5], place[6]
+    # eight row blocks walk over the columns together, so that what they read is still in the cache
+    blocks, tiles = tl.cdiv(rows, BM), tl.cdiv(cols, BN)
+    group = tl.program_id(0) // (8 * tiles)
+    height = tl.minimum(blocks - group * 8, 8)
+    block = group * 8 + tl.program_id(0) % (8 * tiles) % height
+    tile = tl.program_id(0) % (8 * tiles) // height
+    m0, n0 = place[2] + block * BM, place[3] + tile * BN
+    i, j = m0 + tl.arange(0, BM), n0 + tl.arange(0, BN)
+    scale, bias, _ = numbers(entries)
+    row = rows_of(entries, i, M, bias)
+    at_row = vectors(ROW, 0, M, i, i < M, PULL[4])
+    gc, g_sum, total = 0.0, 0.0, 0.0
+    exact = True
+    if shared is not None:
+        at_col = vectors(COL, 0, N, j, j < N, PULL[4])
+        shift, may = shareable(at_row, at_col, FLAGS)
+        exact = (not may) | targets_within(row[1], entries[TARGET] is None, m0, n0, BM, BN)
+        if not exact:
+            col = columns_of(entries, j, N)
+            acc = product(X, Y, m0, n0, M, N, D[0], BM, BN, SHAPE[2], LOAD)
+            s = scores(acc, scale, row, col, N, FLAGS)
+            g = shared(s, shift, at_row, at_col, FLAGS)
+            if SUMS is not None:
+                gc, g_sum, total = _sums(s, acc, g, None, at_row, at_col, value, FLAGS)
+            if OUT is not None:
+                store_tile(OUT, block * BM, tile * BN, rows, cols, stride, g, LOAD)
+    if exact:
+        for piece in range(BN // BP):
+            p0 = n0 + piece * BP
+            jp = p0 + tl.arange(0, BP)
+            tile_g, sums = _exactly(
+                X, PIECE, TX, TY, entries, m0, p0, M, N, row, at_row, vectors(COL, 0, N, jp, jp < N, PULL[4]),
+                pull, value, FLAGS, D, BM, BP, SHAPE[2], LOAD,
+            )  # fmt: skip
+            if OUT is not None:
+                store_tile(OUT_PIECE, block * BM, tile * BN + piece * BP, rows, cols, stride, tile_g, LOAD)
+            gc, g_sum, total = gc + sums[0], g_sum + sums[1], total + sums[2]
+    if SUMS is not None:
+        store_vectors(SUMS, 0, tl.num_programs(0), tl.program_id(0), None, (gc, g_sum, total))
