@@ -24,28 +24,32 @@ class Tile(NamedTuple):
     stages: int
 
 
-# kind: "plain" shares one exponential between the directions, "ids" does so behind a mask, "exact" does not
+# kind: "plain" shares one exponential between the directions, "ids" does so behind a mask, "exact" does not;
+# "sweep" is a loss that is a plain sum
 # (kernel, architecture, dtype or precision, largest D, kind): tile
 ANY = 1 << 30
 TABLE: dict[tuple[str, int, str, int, str], Tile] = {
     ("forward", 80, "half", ANY, "plain"): Tile(128, 128, 32, 64, 8, 3),
     ("forward", 80, "half", ANY, "ids"): Tile(128, 128, 32, 32, 8, 3),
     ("forward", 80, "half", ANY, "exact"): Tile(128, 64, 32, 64, 8, 3),
-    ("gradient", 80, "half", ANY, "plain"): Tile(128, 128, 32, 64, 8, 3),
-    ("gradient", 80, "half", ANY, "ids"): Tile(128, 128, 32, 32, 8, 3),
+    ("gradient", 80, "half", ANY, "plain"): Tile(128, 128, 32, 32, 8, 3),
+    ("gradient", 80, "half", ANY, "ids"): Tile(128, 128, 32, 16, 8, 3),
     ("gradient", 80, "half", ANY, "exact"): Tile(128, 64, 32, 64, 8, 3),
+    ("gradient", 80, "half", ANY, "sweep"): Tile(128, 128, 32, 32, 8, 3),
     ("forward", 90, "half", ANY, "plain"): Tile(128, 256, 64, 64, 8, 3),
     ("forward", 90, "half", ANY, "ids"): Tile(128, 128, 64, 64, 8, 3),
     ("forward", 90, "half", ANY, "exact"): Tile(128, 64, 64, 64, 8, 3),
     ("gradient", 90, "half", ANY, "plain"): Tile(128, 256, 64, 64, 8, 3),
-    ("gradient", 90, "half", ANY, "ids"): Tile(128, 128, 64, 32, 8, 3),
+    ("gradient", 90, "half", ANY, "ids"): Tile(128, 128, 64, 16, 8, 3),
     ("gradient", 90, "half", ANY, "exact"): Tile(128, 64, 64, 64, 8, 3),
+    ("gradient", 90, "half", ANY, "sweep"): Tile(128, 128, 64, 64, 8, 3),
     ("forward", 100, "half", ANY, "plain"): Tile(128, 128, 64, 64, 8, 3),
-    ("forward", 100, "half", ANY, "ids"): Tile(128, 128, 64, 32, 8, 3),
+    ("forward", 100, "half", ANY, "ids"): Tile(128, 128, 64, 64, 8, 3),
     ("forward", 100, "half", ANY, "exact"): Tile(128, 64, 64, 64, 8, 3),
     ("gradient", 100, "half", ANY, "plain"): Tile(128, 128, 64, 64, 8, 3),
     ("gradient", 100, "half", ANY, "ids"): Tile(128, 128, 64, 32, 8, 3),
     ("gradient", 100, "half", ANY, "exact"): Tile(128, 64, 64, 64, 8, 3),
+    ("gradient", 100, "half", ANY, "sweep"): Tile(128, 128, 64, 64, 8, 3),
     ("forward", 80, "ieee", ANY, "plain"): Tile(64, 64, 32, 64, 8, 2),
     ("forward", 80, "tf32", ANY, "plain"): Tile(128, 64, 32, 64, 8, 3),
     ("forward", 80, "tf32x3", ANY, "plain"): Tile(128, 64, 32, 64, 8, 3),
@@ -64,6 +68,9 @@ TABLE: dict[tuple[str, int, str, int, str], Tile] = {
     ("gradient", 80, "ieee", ANY, "exact"): Tile(64, 64, 32, 64, 8, 2),
     ("gradient", 80, "tf32", ANY, "exact"): Tile(128, 64, 32, 64, 8, 3),
     ("gradient", 80, "tf32x3", ANY, "exact"): Tile(128, 64, 32, 64, 8, 3),
+    ("gradient", 80, "ieee", ANY, "sweep"): Tile(64, 64, 32, 64, 8, 2),
+    ("gradient", 80, "tf32", ANY, "sweep"): Tile(128, 64, 32, 64, 8, 3),
+    ("gradient", 80, "tf32x3", ANY, "sweep"): Tile(128, 64, 32, 64, 8, 3),
 }
 
 _used: dict[str, Tile] = {}
@@ -77,7 +84,7 @@ def choose(kernel: str, arch: int, precision: str, d: int, kind: str) -> Tile:
         arch: compute capability times ten.
         precision: "half" (bf16, fp16), or how fp32 is multiplied: "ieee", "tf32", "tf32x3".
         d: feature dimension.
-        kind: "plain", "ids" or "exact".
+        kind: "plain", "ids", "exact" or "sweep".
     """
     if kernel in _used:
         tile = _used[kernel]

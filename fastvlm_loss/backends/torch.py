@@ -63,16 +63,16 @@ def sweep(
     problem: Problem, statistic: Sigmoid, need_x: bool, need_y: bool, need_scale: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The total in nats, and what `gradient` returns, from one pass over the scores."""
-    weights = problem.weighted(problem.row_factor, problem.col_factor)
-    assert weights.row_factor is not None and weights.col_factor is not None
+    none = problem.scale.new_empty((0, 0))
+    weights = [none if f is None else f[None] for f in (problem.row_factor, problem.col_factor)]
     total = problem.scale.new_zeros(())
     sums = _Sums(problem, need_x, need_y)
     for r, c in _tiles(problem):
         raw = _products(problem, r, c)
         s, hit = _scores(problem, statistic, raw, r, c)
-        row, col = weights.row_factor[None, r], weights.col_factor[None, c]
+        row, col = weights[0][:, r], weights[1][:, c]
         total += statistic.value(s, hit, row, col).sum()
-        sums.add(statistic.gradient(s, hit, None, row, col), raw, r, c)
+        sums.add(statistic.gradient(s, hit, row, col), raw, r, c)
     return (total * LN2, *sums.finished())
 
 

@@ -148,11 +148,13 @@ def sweep(
     problem: Problem, statistic: Sigmoid, need_x: bool, need_y: bool, need_scale: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The total in nats, and what `gradient` returns, from one pass over the scores."""
-    weighted = problem.weighted(problem.row_factor, problem.col_factor)
-    row, col = weighted.row_factor, weighted.col_factor
-    assert row is not None and col is not None
-    unit = _unit(_largest(row) * _largest(col), problem.x.dtype)
-    dx, dy, sums = _macro_tiles(problem, statistic, (row / unit)[None], col[None], unit, need_x, need_y, True)
+    if problem.x.dtype == torch.float16 and problem.row_factor is None:
+        problem, statistic = problem.weighted(None, None), Sigmoid(factor=True)  # which carry the unit
+    row = col = unit = problem.scale.new_ones(())
+    if problem.row_factor is not None and problem.col_factor is not None:
+        unit = _unit(_largest(problem.row_factor) * _largest(problem.col_factor), problem.x.dtype)
+        row, col = (problem.row_factor / unit)[None], problem.col_factor[None]
+    dx, dy, sums = _macro_tiles(problem, statistic, row, col, unit, need_x, need_y, True)
     return sums[2] * LN2, dx, dy, sums[0], sums[1]
 
 
@@ -226,7 +228,7 @@ class _Call:
         cheap = statistic.plain and not (ids and statistic.positive_ids)
         precision = _PRECISION[torch.get_float32_matmul_precision()] if p.x.dtype == torch.float32 else "half"
         x, y = _aligned(p.x), _aligned(p.y)
-        kind = ("ids" if ids else "plain") if cheap else "exact"
+        kind = (statistic.kind, "ids")[ids] if cheap else "exact"
         tile, tma = configs.choose(kernel, arch, precision, x.shape[1], kind), arch >= 90
         operands = tuple(
             _operand(t, rows, tile.depth, tma) for t, rows in ((x, tile.rows), (y, tile.cols), (y, tile.piece))

@@ -83,7 +83,7 @@ def _sweep(backend: Any) -> Any:
     def sweep(*arguments: Any) -> Any:
         problem = Problem(*arguments[:_FIELDS])
         with no_autocast(problem.x.device.type):
-            return backend.sweep(problem, Sigmoid(), *arguments[_FIELDS:])
+            return backend.sweep(problem, Sigmoid(problem.row_factor is not None), *arguments[_FIELDS:])
 
     return sweep
 

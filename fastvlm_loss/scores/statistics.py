@@ -43,6 +43,7 @@ class Softmax:
     # a constant added to every score changes nothing, so the bias has an exactly zero gradient
     shift_invariant = True
     positive_ids = False
+    kind = "plain"  # of its tiles
     epilogue: Any = softmax
     name = "softmax"
 
@@ -148,27 +149,38 @@ class Softmax:
 
 @dataclass(frozen=True)
 class Sigmoid:
-    """Sum of the sigmoid loss over all entries, each with the weight of its row times that of its column.
+    """Sum of the sigmoid loss over all entries, with `factor` each times the weights of its row and its column.
 
     One number without statistics of rows or columns: value and gradients come from one sweep.
     """
 
+    factor: bool = False
+
     shift_invariant = False
     positive_ids = True  # equal ids are targets, all of them
+    kind = "sweep"
     plain = True
-    operands = 1
     epilogue: Any = sigmoid
     name = "sigmoid"
-    flags = 0
+
+    @property
+    def flags(self) -> int:
+        """As of `Softmax`."""
+        return FACTOR * self.factor
+
+    @property
+    def operands(self) -> int:
+        """Vectors a tile takes of its rows, and of its columns: the weights."""
+        return int(self.factor)
 
     def value(self, s: Tensor, hit: Tensor | None, row: Tensor, col: Tensor) -> Tensor:
         """Weighted loss of every entry of a tile, in bits."""
-        loss: Tensor = as_torch(sigmoid.value)(s, hit, row, col, 0)
+        loss: Tensor = as_torch(sigmoid.value)(s, hit, row, col, self.flags)
         return loss
 
-    def gradient(self, s: Tensor, hit: Tensor | None, teacher: Tensor | None, row: Tensor, col: Tensor) -> Tensor:
+    def gradient(self, s: Tensor, hit: Tensor | None, row: Tensor, col: Tensor) -> Tensor:
         """The gradient tile."""
-        g: Tensor = as_torch(sigmoid.gradient)(s, hit, teacher, row, col, 0)
+        g: Tensor = as_torch(sigmoid.gradient)(s, hit, None, row, col, self.flags)
         return g
 
 
