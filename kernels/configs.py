@@ -24,8 +24,8 @@ class Tile(NamedTuple):
     stages: int
 
 
-# kind: "plain" shares one exponential between the directions, "ids" does so behind a mask, "exact" does not;
-# "sweep" is a loss that is a plain sum
+# kind: "plain" shares one exponential between the directions, "one" has one direction, "ids" shares behind a mask,
+# "exact" does not share; "sweep" is a loss that is a plain sum
 # (kernel, architecture, dtype or precision, largest D, kind): tile
 ANY = 1 << 30
 TABLE: dict[tuple[str, int, str, int, str], Tile] = {
@@ -40,7 +40,8 @@ TABLE: dict[tuple[str, int, str, int, str], Tile] = {
     ("forward", 90, "half", ANY, "ids"): Tile(128, 128, 64, 64, 8, 3),
     ("forward", 90, "half", ANY, "exact"): Tile(128, 64, 64, 64, 8, 3),
     ("gradient", 90, "half", ANY, "plain"): Tile(128, 256, 64, 64, 8, 3),
-    ("gradient", 90, "half", ANY, "ids"): Tile(128, 128, 64, 16, 8, 3),
+    ("gradient", 90, "half", ANY, "one"): Tile(128, 128, 64, 64, 8, 3),
+    ("gradient", 90, "half", ANY, "ids"): Tile(128, 128, 64, 32, 8, 3),
     ("gradient", 90, "half", ANY, "exact"): Tile(128, 64, 64, 64, 8, 3),
     ("gradient", 90, "half", ANY, "sweep"): Tile(128, 128, 64, 64, 8, 3),
     ("forward", 100, "half", ANY, "plain"): Tile(128, 128, 64, 64, 8, 3),
@@ -56,18 +57,18 @@ TABLE: dict[tuple[str, int, str, int, str], Tile] = {
     ("forward", 80, "ieee", ANY, "ids"): Tile(64, 64, 32, 64, 8, 2),
     ("forward", 80, "tf32", ANY, "ids"): Tile(128, 64, 32, 64, 8, 3),
     ("forward", 80, "tf32x3", ANY, "ids"): Tile(128, 64, 32, 64, 8, 3),
-    ("forward", 80, "ieee", ANY, "exact"): Tile(64, 64, 32, 64, 8, 2),
+    ("forward", 80, "ieee", ANY, "exact"): Tile(64, 32, 32, 32, 8, 2),
     ("forward", 80, "tf32", ANY, "exact"): Tile(128, 64, 32, 64, 8, 3),
-    ("forward", 80, "tf32x3", ANY, "exact"): Tile(128, 64, 32, 64, 8, 3),
+    ("forward", 80, "tf32x3", ANY, "exact"): Tile(128, 32, 32, 32, 8, 3),
     ("gradient", 80, "ieee", ANY, "plain"): Tile(64, 64, 32, 64, 8, 2),
     ("gradient", 80, "tf32", ANY, "plain"): Tile(128, 64, 32, 64, 8, 3),
     ("gradient", 80, "tf32x3", ANY, "plain"): Tile(128, 64, 32, 64, 8, 3),
     ("gradient", 80, "ieee", ANY, "ids"): Tile(64, 64, 32, 64, 8, 2),
     ("gradient", 80, "tf32", ANY, "ids"): Tile(128, 64, 32, 64, 8, 3),
     ("gradient", 80, "tf32x3", ANY, "ids"): Tile(128, 64, 32, 64, 8, 3),
-    ("gradient", 80, "ieee", ANY, "exact"): Tile(64, 64, 32, 64, 8, 2),
+    ("gradient", 80, "ieee", ANY, "exact"): Tile(64, 32, 32, 32, 8, 2),
     ("gradient", 80, "tf32", ANY, "exact"): Tile(128, 64, 32, 64, 8, 3),
-    ("gradient", 80, "tf32x3", ANY, "exact"): Tile(128, 64, 32, 64, 8, 3),
+    ("gradient", 80, "tf32x3", ANY, "exact"): Tile(128, 32, 32, 32, 8, 3),
     ("gradient", 80, "ieee", ANY, "sweep"): Tile(64, 64, 32, 64, 8, 2),
     ("gradient", 80, "tf32", ANY, "sweep"): Tile(128, 64, 32, 64, 8, 3),
     ("gradient", 80, "tf32x3", ANY, "sweep"): Tile(128, 64, 32, 64, 8, 3),
@@ -84,14 +85,13 @@ def choose(kernel: str, arch: int, precision: str, d: int, kind: str) -> Tile:
         arch: compute capability times ten.
         precision: "half" (bf16, fp16), or how fp32 is multiplied: "ieee", "tf32", "tf32x3".
         d: feature dimension.
-        kind: "plain", "ids", "exact" or "sweep".
+        kind: "plain", "one" (else as "plain"), "ids", "exact" or "sweep".
     """
     if kernel in _used:
         tile = _used[kernel]
     else:
-        rows = [
-            k for k in TABLE if k[0] == kernel and k[1] <= arch and k[2] == precision and d <= k[3] and k[4] == kind
-        ]
+        fits = [k for k in TABLE if k[0] == kernel and k[1] <= arch and k[2] == precision and d <= k[3]]
+        rows = [k for k in fits if k[4] == kind] or [k for k in fits if kind == "one" and k[4] == "plain"]
         if not rows:
             raise ValueError(f"no tile for {kernel}, sm_{arch}, {precision}, D = {d}, {kind}")
         newest = max(k[1] for k in rows)

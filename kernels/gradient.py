@@ -5,7 +5,7 @@ the features' gradients. Each program also leaves the sums that the scale and th
 """
 
 from .lang import jit, tl
-from .layout import product, store_tile, store_vectors, vectors
+from .layout import part, product, store_tile, store_vectors, vectors
 from .scores import TARGET, columns_of, hits, numbers, rows_of, scores, targets_within
 
 
@@ -28,11 +28,11 @@ def _exactly(x, y, tx, ty, entries, m0, n0, M, N, row, at_row, at_col, pull: tl.
 
 @jit
 def _sums(s, acc, g, hit, at_row, at_col, value: tl.constexpr, FLAGS: tl.constexpr):
-    """Sum of G c over the tile, with c = <x, y>; sum of G; and the loss itself where it is a plain sum."""
-    total = 0.0
+    """Sum of G c over the tile, with c = <x, y>; and of a loss that is a plain sum also the sums of G and of itself."""
+    g_sum, total = 0.0, 0.0
     if value is not None:
-        total = tl.sum(value(s, hit, at_row, at_col, FLAGS))
-    return tl.sum(g * acc), tl.sum(g), total
+        g_sum, total = tl.sum(g), tl.sum(value(s, hit, at_row, at_col, FLAGS))
+    return tl.sum(g * acc), g_sum, total
 
 
 @jit
@@ -47,6 +47,7 @@ def gradient(X, Y, PIECE, TX, TY, entries, ROW, COL, OUT, OUT_PIECE, SUMS, place
     BM: tl.constexpr = SHAPE[0]
     BN: tl.constexpr = SHAPE[1]
     BP: tl.constexpr = SHAPE[3]
+    BH: tl.constexpr = min(BN, 128)  # a wide tile is read off by halves, for the registers
     pull: tl.constexpr = PULL[0]
     value: tl.constexpr = PULL[1]
     shareable: tl.constexpr = PULL[2]
@@ -70,24 +71,28 @@ def gradient(X, Y, PIECE, TX, TY, entries, ROW, COL, OUT, OUT_PIECE, SUMS, place
         shift, may = shareable(at_row, at_col, FLAGS)
         exact = (not may) | targets_within(row[1], entries[TARGET] is None, m0, n0, BM, BN)
         if not exact:
-            col = columns_of(entries, j, N)
             acc = product(X, Y, m0, n0, M, N, D[0], BM, BN, SHAPE[2], LOAD)
-            s = scores(acc, scale, row, col, N, FLAGS)
-            g = shared(s, shift, at_row, at_col, FLAGS)
-            if SUMS is not None:
-                gc, g_sum, total = _sums(s, acc, g, None, at_row, at_col, value, FLAGS)
-            if OUT is not None:
-                store_tile(OUT, block * BM, tile * BN, rows, cols, stride, g, LOAD)
+            for k in tl.static_range(BN // BH):
+                jh = n0 + k * BH + tl.arange(0, BH)
+                half = part(acc, k, BH)
+                at_half = vectors(COL, 0, N, jh, jh < N, PULL[4])
+                s = scores(half, scale, row, columns_of(entries, jh, N), N, FLAGS)
+                g = shared(s, shift, at_row, at_half, FLAGS)
+                if SUMS is not None:
+                    sums = _sums(s, half, g, None, at_row, at_half, value, FLAGS)
+                    gc, g_sum, total = gc + sums[0], g_sum + sums[1], total + sums[2]
+                if OUT is not None:
+                    store_tile(OUT, block * BM, tile * BN + k * BH, rows, cols, stride, g, LOAD)
     if exact:
         for piece in range(BN // BP):
             p0 = n0 + piece * BP
             jp = p0 + tl.arange(0, BP)
-            tile_g, sums = _exactly(
+            tile_g, of_piece = _exactly(
                 X, PIECE, TX, TY, entries, m0, p0, M, N, row, at_row, vectors(COL, 0, N, jp, jp < N, PULL[4]),
                 pull, value, FLAGS, D, BM, BP, SHAPE[2], LOAD,
             )  # fmt: skip
             if OUT is not None:
                 store_tile(OUT_PIECE, block * BM, tile * BN + piece * BP, rows, cols, stride, tile_g, LOAD)
-            gc, g_sum, total = gc + sums[0], g_sum + sums[1], total + sums[2]
+            gc, g_sum, total = gc + of_piece[0], g_sum + of_piece[1], total + of_piece[2]
     if SUMS is not None:
         store_vectors(SUMS, 0, tl.num_programs(0), tl.program_id(0), None, (gc, g_sum, total))

@@ -37,6 +37,20 @@ def product(x, y, m0, n0, M, N, D: tl.constexpr, BM: tl.constexpr, BN: tl.conste
 
 
 @jit
+def part(tile, k: tl.constexpr, WIDTH: tl.constexpr):
+    """Columns `k * WIDTH` to `(k + 1) * WIDTH` of a tile that is as wide, or twice."""
+    if tile.shape[1] == WIDTH:
+        out = tile
+    else:
+        first, second = tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], 2, WIDTH)), (0, 2, 1)))
+        if k == 0:
+            out = first
+        else:
+            out = second
+    return out
+
+
+@jit
 def number(pointer, otherwise):
     """A scalar in memory, or `otherwise` where there is none."""
     if pointer is not None:
@@ -48,11 +62,11 @@ def number(pointer, otherwise):
 
 @jit
 def vector(pointer, at, inside, otherwise):
-    """The elements `at`, `otherwise` where not `inside`; None where there is no vector."""
+    """The elements `at`, `otherwise` where not `inside`; a lone `otherwise` where there is no vector."""
     if pointer is not None:
         value = tl.load(pointer + at, mask=inside, other=otherwise)
     else:
-        value = None
+        value = otherwise  # not None, of which Triton 3.6 makes no tuple
     return value
 
 

@@ -60,8 +60,7 @@ def hits(row, col, FLAGS: tl.constexpr):
 def scores(acc, scale, row, col, N, FLAGS: tl.constexpr):
     """Scores in bits, -inf where an entry is no candidate."""
     s = acc * scale + row[0][:, None]
-    if tl.max(col[0], 0) >= N:
-        s = tl.where(col[1][None, :], s, -float("inf"))
+    s = tl.where(col[1][None, :], s, -float("inf"))  # no branch: it would keep both the products and the scores
     if FLAGS & IDS:
         out = (col[2] == -1)[None, :] | (row[2] == -1)[:, None]
         if not FLAGS & POSITIVE:

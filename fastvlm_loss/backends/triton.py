@@ -276,10 +276,10 @@ class _Call:
         return {"num_warps": self.tile.warps, "num_stages": self.tile.stages, "enable_fp_fusion": True}
 
     def outputs(self, g: Tensor | None) -> tuple[Any, Any]:
-        """The workspace for whole tiles, and for pieces."""
+        """The workspace for tiles (which are written 128 columns at a time), and for pieces."""
         if g is None or not self.tma:
             return g, g
-        return _descriptor(g, self.tile.rows, self.tile.cols), _descriptor(g, self.tile.rows, self.tile.piece)
+        return _descriptor(g, self.tile.rows, min(self.tile.cols, 128)), _descriptor(g, self.tile.rows, self.tile.piece)
 
 
 _PRECISION = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}

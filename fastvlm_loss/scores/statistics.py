@@ -43,7 +43,6 @@ class Softmax:
     # a constant added to every score changes nothing, so the bias has an exactly zero gradient
     shift_invariant = True
     positive_ids = False
-    kind = "plain"  # of its tiles
     epilogue: Any = softmax
     name = "softmax"
 
@@ -52,6 +51,11 @@ class Softmax:
         """The value that travels through the op boundary."""
         options = TEACHER * self.teacher + FACTOR * self.factor
         return ROWS * self.rows + COLS * self.cols + GAP * (self.gap or self.teacher) + options
+
+    @property
+    def kind(self) -> str:
+        """Of its tiles, in the kernels' table."""
+        return "plain" if self.rows and self.cols else "one"
 
     @property
     def plain(self) -> bool:
