@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,14 +19,21 @@ from .machine import available_memory, hardware, versions
 from .parts import PARTS, Run, run_loss
 from .report import markdown
 from .suite import SUITES
+from .sweep import sweep
 from .targets import targets
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; 1 if our own loss was refused by the gate, or the README is not up to date (`--check`)."""
     asked = _parser().parse_args(arguments)
+    if (asked.command == "show") != (asked.file is not None):
+        print(f"{asked.command}: got file {asked.file}, wanted one for show and for nothing else", file=sys.stderr)
+        return 2
     if asked.command == "run":
         return _run(asked)
+    if asked.command == "show":
+        _show(store.load(asked.file))
+        return 0
     try:
         up_to_date = readme.update(check=asked.check)
     except ValueError as error:
@@ -34,37 +43,61 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(asked: argparse.Namespace) -> int:
-    torch.set_num_threads(asked.threads)
     suite = SUITES[asked.suite].quick() if asked.quick else SUITES[asked.suite]
-    parts = tuple(asked.only or PARTS)
+    suite = replace(suite, device=asked.device or suite.device)
+    if torch.device(suite.device).type == "cuda" and not torch.cuda.is_available():
+        print(f"--suite {asked.suite}: no CUDA device here", file=sys.stderr)
+        return 2
+    torch.set_num_threads(asked.threads)
     limit = _limit(asked.memory_limit) if torch.device(suite.device).type == "cpu" else None
-    run = Run(suite, asked.repeats, asked.threads, limit, lambda line: print(line, file=sys.stderr, flush=True))
-    result = {
-        "name": asked.suite,
+    repeats = asked.repeats or suite.repeats
+    run = Run(suite, repeats, asked.threads, limit, lambda line: print(line, file=sys.stderr, flush=True))
+    settings = {"repeats": repeats, "threads": asked.threads, "quick": asked.quick, "memory_limit": limit}
+    machine = hardware(suite.device)
+    result: dict[str, Any] = {
+        "name": store.slug(machine["gpu"]) if "gpu" in machine else asked.suite,
         "date": datetime.now(timezone.utc).date().isoformat(),
-        "hardware": hardware(suite.device),
-        "versions": versions(),
-        "settings": {"repeats": asked.repeats, "threads": asked.threads, "quick": asked.quick, "memory_limit": limit},
-        "losses": {name: run_loss(run, registry[name], parts) for name in asked.losses or registry},
+        "hardware": machine,
+        "versions": versions(suite.peers),
+        "settings": settings,
     }
-    print(markdown(result))
-    for name, loss in result["losses"].items():
-        print(f"\nTargets of {name}:", *targets(loss), sep="\n")
-    _write(result, asked, complete=not (asked.quick or asked.only or asked.losses))
+    specs = {name: registry[name] for name in asked.losses or registry}
+    path = _path(result["name"], asked)
+    if suite.cells:
+        settings |= {"budget": asked.budget, "headline": suite.headline}
+
+        def save(losses: dict[str, Any]) -> None:
+            if path is not None:
+                store.save({**result, "losses": losses}, path)
+
+        result["losses"] = sweep(run, specs, asked.budget, save)
+    else:
+        parts = tuple(asked.only or PARTS)
+        result["losses"] = {name: run_loss(run, spec, parts) for name, spec in specs.items()}
+    _show(result)
+    if path is None:
+        print("\nNothing saved: not a complete run (--output DIR saves it).")
+    else:
+        store.save(result, path)
+        store.render(path)
+        print(f"\nSaved {path} with its table and plots.")
     refused = [who for loss in result["losses"].values() for who in loss["refused"] if who.startswith(OURS)]
     return 1 if refused else 0
 
 
-def _write(result: dict[str, object], asked: argparse.Namespace, complete: bool) -> None:
-    if asked.output is None and not complete:
-        print("\nNothing saved: not a complete run (--output DIR saves it).")
-        return
-    folder = asked.output or store.RESULTS
+def _show(result: dict[str, Any]) -> None:
+    print(markdown(result))
+    for name in result["losses"]:
+        print(f"\nTargets of {name}:", *targets(result, name), sep="\n")
+
+
+def _path(name: str, asked: argparse.Namespace) -> Path | None:
+    """Where to save; an incomplete run is saved only where one asked for it."""
+    if asked.output is None and (asked.quick or asked.only or asked.losses):
+        return None
+    folder: Path = asked.output or store.RESULTS
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{result['name']}.json"
-    store.save(result, path)
-    store.render(path)
-    print(f"\nSaved {path} with its table and plots.")
+    return folder / f"{name}.json"
 
 
 def _limit(gigabytes: float) -> int:
@@ -75,15 +108,21 @@ def _limit(gigabytes: float) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__)
     parser.add_argument(
-        "command", nargs="?", choices=("run", "readme"), default="run",
-        help="run: measure, print the table, save JSON, Markdown and SVG (default); "
+        "command", nargs="?", choices=("run", "show", "readme"), default="run",
+        help="run: measure, print the table, save JSON, Markdown and SVG (default); show: print a saved result; "
         "readme: redraw all saved results and the README's block from the saved JSON",
     )  # fmt: skip
+    parser.add_argument("file", nargs="?", type=Path, help="show: the JSON of a result")
     parser.add_argument("--suite", choices=tuple(SUITES), default="cpu", help="sizes and device (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, a check that everything runs")
     parser.add_argument("--only", nargs="+", choices=tuple(PARTS), metavar="PART", help=f"parts: {', '.join(PARTS)}")
     parser.add_argument("--losses", nargs="+", choices=tuple(registry), metavar="LOSS", help=f"{', '.join(registry)}")
-    parser.add_argument("--repeats", type=_positive, default=5, help="interleaved calls a row (default: %(default)s)")
+    parser.add_argument("--repeats", type=_positive, help="interleaved calls a row (default: 5 on a CPU, 11 on a GPU)")
+    parser.add_argument("--device", help="where to run (default: the suite's)")
+    parser.add_argument(
+        "--budget", type=float, default=300.0, metavar="SECONDS",
+        help="of a suite that takes its sizes in order of importance, gpu; the rest is named (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--threads", type=_positive, default=torch.get_num_threads(), help="default: %(default)s")
     parser.add_argument(
         "--memory-limit", type=float, default=16.0, metavar="GB",

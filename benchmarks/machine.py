@@ -18,6 +18,7 @@ from fastvlm_loss.engine.dispatch import report
 __all__ = ["available_memory", "hardware", "versions"]
 
 PACKAGES = ("fastvlm_loss", "torch", "triton", "open_clip_torch", "numpy")
+PEERS = ("inf-cl", "memeff", "siglip-kernel", "cut-cross-entropy", "liger-kernel", "nvidia-cutlass-dsl")
 
 
 def hardware(device: str) -> dict[str, Any]:
@@ -33,14 +34,22 @@ def hardware(device: str) -> dict[str, Any]:
     }
     if torch.device(device).type == "cuda":
         gpu = torch.cuda.get_device_properties(device)
-        found |= {"gpu": gpu.name, "gpu_memory": gpu.total_memory}
+        found |= {
+            "gpu": gpu.name,
+            "gpu_memory": gpu.total_memory,
+            "capability": f"{gpu.major}.{gpu.minor}",
+            "multiprocessors": gpu.multi_processor_count,
+            "l2": gpu.L2_cache_size,
+            "driver": _driver(),
+            "cuda": torch.version.cuda,
+        }
     return found
 
 
-def versions() -> dict[str, str | None]:
+def versions(peers: bool = False) -> dict[str, str | None]:
     """Python, the packages (None if not installed) and the commit."""
     found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in PACKAGES:
+    for package in (*PACKAGES, *PEERS) if peers else PACKAGES:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
@@ -65,6 +74,14 @@ def _proc(file: str, field: str) -> str:
             if name.strip() == field:
                 return value.strip()
     return ""
+
+
+def _driver() -> str | None:
+    with suppress(OSError, subprocess.SubprocessError):
+        asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        lines = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=20).stdout.splitlines()
+        return lines[0].strip() if lines else None
+    return None
 
 
 def _commit() -> str | None:

@@ -4,7 +4,7 @@ CPU: the child first makes a tiny call, so that libraries and threads are not co
 the peak of its resident memory (`5` to /proc/self/clear_refs; VmHWM) and makes the call. Extra = peak - resident size
 before - size of the returned gradients. The allocator gives every freed block back, so that no call hides in what
 another left. `limit` is the most the child may allocate (RLIMIT_DATA): beyond it an allocation fails and the call dies.
-CUDA: the same with `torch.cuda.max_memory_allocated`.
+CUDA: the same with `torch.cuda.max_memory_allocated`; there a suite measures in its own process.
 """
 
 from __future__ import annotations
@@ -13,17 +13,20 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from fastvlm_loss.losses import registry
 
 from .baselines import makers
 from .measure import BOTH, features, step
+from .work import work
 
-__all__ = ["Peak", "peak"]
+__all__ = ["Peak", "extra", "free", "peak"]
 
 ROOT = Path(__file__).parents[1]
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -66,18 +69,32 @@ def _child(
     torch.set_num_threads(threads)
     call = makers(registry[loss])[contestant]()
     kind: torch.dtype = getattr(torch, dtype)
-    step(call, features(*WARMUP, kind, device), BOTH)
-    tensors = features(n, d, kind, device)
+    bias = work(loss).bias
+    step(call, features(*WARMUP, kind, device, bias), BOTH)
+    tensors = features(n, d, kind, device, bias)
+    return Peak(extra(lambda: step(call, tensors, BOTH), device)[1])
+
+
+def extra(call: Callable[[], tuple[Tensor, ...]], device: str) -> tuple[tuple[Tensor, ...], int]:
+    """What a call returns, and the bytes that it held at its peak beyond what it was given and what it returns."""
     before = _restart(device)
-    gradients = step(call, tensors, BOTH)
+    returned = call()
     highest = _highest(device)
-    returned = sum(t.numel() * t.element_size() for t in gradients)
-    return Peak(max(highest - before - returned, 0))
+    return returned, max(highest - before - sum(t.numel() * t.element_size() for t in returned), 0)
+
+
+def free(device: torch.device) -> float:
+    """Bytes that a call could have on a GPU, what the allocator keeps for later included; without limit on a CPU."""
+    if device.type != "cuda":
+        return float("inf")
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
 
 
 def _restart(device: str) -> int:
     """Count the peak anew; bytes held now."""
     if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
     Path("/proc/self/clear_refs").write_text("5")

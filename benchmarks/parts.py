@@ -12,13 +12,15 @@ from torch import Tensor
 
 from fastvlm_loss.losses import LossSpec
 
+from .adapters import Loss
 from .baselines import DENSE, OURS, contestants
 from .gate import gate
 from .measure import BOTH, MODES, ProductRate, features, interleaved, power_law, step
 from .memory import peak
 from .suite import Suite
+from .work import Work, work
 
-__all__ = ["LIMIT", "PARTS", "Run", "run_loss"]
+__all__ = ["LIMIT", "PARTS", "Entry", "Run", "admit", "line", "run_loss", "times"]
 
 Row = dict[str, Any]
 LIMIT = "limit"
@@ -42,7 +44,12 @@ class Entry:
 
     spec: LossSpec
     dtype: torch.dtype
-    losses: dict[str, Callable[..., Tensor]]
+    losses: dict[str, Loss]
+
+    @property
+    def work(self) -> Work:
+        """What the loss has to compute at the least."""
+        return work(self.spec.name)
 
     def row(self, contestant: str, n: int, d: int, mode: str) -> Row:
         """The keys that every row has."""
@@ -55,32 +62,41 @@ def run_loss(run: Run, spec: LossSpec, parts: tuple[str, ...]) -> dict[str, Any]
     losses, missing = contestants(spec)
     result: dict[str, Any] = {"missing": missing, "refused": {}, "gate": []}
     for dtype in run.suite.dtypes:
-        passed = dict(losses)
-        for verdict in gate(spec, losses, dtype, run.suite.device, *run.suite.gate):
-            result["gate"].append(verdict.row())
-            if not verdict.passed and verdict.contestant in passed:
-                del passed[verdict.contestant]
-                result["refused"][f"{verdict.contestant}, {verdict.dtype}"] = verdict.reason
-                run.log(f"{spec.name}: refused {verdict.contestant}, {verdict.dtype}: {verdict.reason}")
-        entry = Entry(spec, dtype, passed)
+        entry = admit(run, spec, dtype, losses, result)
         for part in parts:
             for row in PARTS[part](run, entry):
                 result.setdefault(part, []).append(row)
-                run.log(f"{spec.name} {part}: {_line(row)}")
+                run.log(f"{spec.name} {part}: {line(row)}")
     return {**result, "fits": list(_fits(run, result))}
 
 
-def _times(
-    run: Run, entry: Entry, n: int, d: int, mode: str, rounds: int, warmup: int = 1, block: int = 1
+def admit(run: Run, spec: LossSpec, dtype: torch.dtype, losses: dict[str, Loss], result: dict[str, Any]) -> Entry:
+    """The gate: who computes the loss in this dtype; the others go to `result["refused"]` with the reason."""
+    passed = dict(losses)
+    for verdict in gate(spec, losses, dtype, run.suite.device, *run.suite.gate):
+        result["gate"].append(verdict.row())
+        if not verdict.passed and verdict.contestant in passed:
+            del passed[verdict.contestant]
+            result["refused"][f"{verdict.contestant}, {verdict.dtype}"] = verdict.reason
+            run.log(f"{spec.name}: refused {verdict.contestant}, {verdict.dtype}: {verdict.reason}")
+    return Entry(spec, dtype, passed)
+
+
+def times(
+    run: Run, entry: Entry, tensors: dict[str, Tensor], mode: str, rounds: int, warmup: int = 1, block: int = 1
 ) -> Iterator[Row]:
-    operations = MODES[mode] * 2.0 * n * n * d
-    tensors = features(n, d, entry.dtype, run.suite.device)
-    rate = ProductRate(operations, entry.dtype, run.suite.device)
+    """Everyone's time on the same tensors, and the limit's between them."""
+    n, d = tensors["image_features"].shape
+    rate = ProductRate(entry.work.operations(mode, n, d), entry.dtype, run.suite.device)
     calls = {name: partial(step, loss, tensors, mode) for name, loss in entry.losses.items()}
     timings = interleaved({LIMIT: rate, **calls}, rounds, run.suite.device, warmup, block)
     least = timings[LIMIT].scaled(rate.factor)
     for name, timing in {**timings, LIMIT: least}.items():
         yield {**entry.row(name, n, d, mode), **asdict(timing), "over_limit": timing.median / least.median}
+
+
+def _times(run: Run, entry: Entry, n: int, d: int, *how: Any) -> Iterator[Row]:
+    return times(run, entry, features(n, d, entry.dtype, run.suite.device, entry.work.bias), *how)
 
 
 def _speed(run: Run, entry: Entry) -> Iterator[Row]:
@@ -110,7 +126,7 @@ def _growth(run: Run, entry: Entry) -> Iterator[Row]:
     for n in run.suite.growth:
         peaks = {name: _peak(run, entry, name, n, d, run.limit) for name in both}
         alive = replace(entry, losses={k: v for k, v in both.items() if peaks[k]["extra"] is not None})
-        rounds, warmup = (1, 0) if MODES[BOTH] * 2.0 * n * n * d >= LONG else (run.repeats, 1)
+        rounds, warmup = (1, 0) if entry.work.operations(BOTH, n, d) >= LONG else (run.repeats, 1)
         for row in _times(run, alive, n, d, BOTH, rounds, warmup):
             yield {**peaks.pop(row["contestant"], {}), **row}
         yield from peaks.values()  # the dead, without a time
@@ -134,7 +150,8 @@ def _fits(run: Run, result: dict[str, Any]) -> Iterator[Row]:
                 yield {**row, "predicted": predicted}
 
 
-def _line(row: Row) -> str:
+def line(row: Row) -> str:
+    """For the log."""
     time = f"{row['median'] * 1e3:.3f} ms ({row['over_limit']:.2f} x limit)" if "median" in row else ""
     extra = f"{row['extra'] / 1e6:.1f} MB extra" if row.get("extra") is not None else row.get("died", "")
     size = f"{row['n']} x {row['d']} {row['dtype']} {row['mode']}"

@@ -7,7 +7,7 @@ from typing import Any
 
 from .baselines import DENSE, OURS
 from .parts import LIMIT
-from .report import amount
+from .tables import amount
 
 __all__ = ["draw"]
 

@@ -1,70 +1,90 @@
-"""From a result to what people read: Markdown tables."""
+"""From a result to what people read: the page of one run in Markdown."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from . import swept
 from .baselines import DENSE, OURS
 from .measure import BOTH, FORWARD
-from .parts import LIMIT
+from .tables import SHORT, amount, duration, folded, held, labelled, table, where
+from .work import work
 
-__all__ = ["amount", "duration", "markdown"]
+__all__ = ["markdown"]
 
 Row = dict[str, Any]
-LABELS = {LIMIT: "*limit: `torch.mm` alone*", OURS: f"**{OURS}**"}
-SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 def markdown(result: dict[str, Any], pictures: str = "") -> str:
     """Tables of one run; `pictures` is the folder of its SVGs as seen from the page."""
     blocks = []
     for name, loss in result["losses"].items():
-        for n, d in dict.fromkeys((r["n"], r["d"]) for r in loss.get("speed", [])):
+        sizes = list(_open(result, loss))
+        for n, d in sizes:
             blocks += [f"`{name}`, {BOTH}, N = {n}, D = {d}:", _main(loss, n, d, BOTH)]
         if loss.get("growth"):
             stem = f"{pictures}{result['name']}-{name}"
             blocks += [f"![time against batch]({stem}-time.svg) ![memory against batch]({stem}-memory.svg)"]
             blocks += [_growth(loss, result["settings"]["memory_limit"])]
-        for n, d in dict.fromkeys((r["n"], r["d"]) for r in loss.get("speed", [])):
-            blocks.append(_folded(f"{FORWARD} only, N = {n}, D = {d}", _main(loss, n, d, FORWARD)))
+        for n, d in sizes:
+            blocks.append(folded(f"{FORWARD} only, N = {n}, D = {d}", _main(loss, n, d, FORWARD)))
         if loss.get("small"):
             title = f"small batches, {BOTH}, D = {loss['small'][0]['d']}"
-            blocks.append(_folded(title, _small(loss)))
+            blocks.append(folded(title, _small(loss)))
+        blocks += _swept(result, name, loss)
         blocks += [f"Not measured: {who} ({why})." for who, why in {**loss["missing"], **loss["refused"]}.items()]
     return "\n\n".join([*blocks, _conditions(result)])
+
+
+def _open(result: dict[str, Any], loss: dict[str, Any]) -> Iterator[tuple[int, int]]:
+    """The sizes whose tables stand open: all of them, or those of the headline."""
+    headline = result["settings"].get("headline")
+    for n, d in dict.fromkeys((r["n"], r["d"]) for r in loss.get("speed", [])):
+        if headline is None or [n, d] in [list(size) for size in headline]:
+            yield n, d
+
+
+def _swept(result: dict[str, Any], name: str, loss: dict[str, Any]) -> Iterator[str]:
+    headline = result["settings"].get("headline")
+    if headline is not None:
+        for kind in dict.fromkeys(r["dtype"] for r in loss["speed"]):
+            yield folded(f"`{name}`, {BOTH}, every size, {SHORT[kind]}", swept.every_size(loss, kind))
+        yield from swept.notes(loss, headline)
 
 
 def _main(loss: dict[str, Any], n: int, d: int, mode: str) -> str:
     """Contestants by dtype: time, ratio to the limit and to ours, extra memory."""
     here = {"n": n, "d": d, "mode": mode}
-    dtypes = list(dict.fromkeys(r["dtype"] for r in loss["speed"]))
+    rows = list(where(loss["speed"], **here))
+    dtypes = list(dict.fromkeys(r["dtype"] for r in rows))
     head = [""]
     for kind in dtypes:
         head += [SHORT.get(kind, kind), "× limit", f"× {OURS}", "extra memory"][: 4 if mode == BOTH else 3]
     lines = []
-    for who in _contestants(loss["speed"]):
-        line = [LABELS.get(who, who)]
+    dead = [r for r in where(loss.get("memory", []), n=n, d=d) if r["extra"] is None] if mode == BOTH else []
+    for who in _contestants([*rows, *dead]):
+        line = [labelled(who)]
         for kind in dtypes:
-            time = next(_where(loss["speed"], contestant=who, dtype=kind, **here), None)
-            ours = next(_where(loss["speed"], contestant=OURS, dtype=kind, **here), None)
-            peak = next(_where(loss.get("memory", []), contestant=who, dtype=kind, **here), None)
+            time = next(where(rows, contestant=who, dtype=kind), None)
+            ours = next(where(rows, contestant=OURS, dtype=kind), None)
+            peak = next(where(loss.get("memory", []), contestant=who, dtype=kind, **here), None)
             line += [duration(time["median"]), f"{time['over_limit']:.2f}"] if time else ["", ""]
             line.append(f"{time['median'] / ours['median']:.2f}" if time and ours else "")
-            line += [_held(peak)] if mode == BOTH else []
+            line += [held(peak)] if mode == BOTH else []
         lines.append(line)
-    return _table(head, lines)
+    return table(head, lines)
 
 
 def _small(loss: dict[str, Any]) -> str:
     """Contestants by batch, both dtypes."""
-    rows = list(_where(loss["small"], mode=BOTH))
+    rows = list(where(loss["small"], mode=BOTH))
     columns = list(dict.fromkeys((r["dtype"], r["n"]) for r in rows))
     lines = []
     for who in _contestants(rows):
-        cells = (next(_where(rows, contestant=who, dtype=kind, n=n), None) for kind, n in columns)
-        lines.append([LABELS.get(who, who), *(duration(r["median"]) if r else "" for r in cells)])
-    return _table(["", *(f"{SHORT.get(kind, kind)}, N = {n}" for kind, n in columns)], lines)
+        cells = (next(where(rows, contestant=who, dtype=kind, n=n), None) for kind, n in columns)
+        lines.append([labelled(who), *(duration(r["median"]) if r else "" for r in cells)])
+    return table(["", *(f"{SHORT.get(kind, kind)}, N = {n}" for kind, n in columns)], lines)
 
 
 def _growth(loss: dict[str, Any], limit: int | None) -> str:
@@ -75,66 +95,40 @@ def _growth(loss: dict[str, Any], limit: int | None) -> str:
         what = {"median": "time", "extra": "extra memory"}[fit["value"]]
         fitted = f"fitted over N = {fit['n'][0]} … {fit['n'][-1]}, D = {d}"
         said.append(f"{fit['contestant']}: {what} grows as N^{fit['exponent']:.2f} ({fitted}).")
-    dead = [r for r in _where(loss["growth"], contestant=DENSE) if r["extra"] is None]
+    dead = [r for r in where(loss["growth"], contestant=DENSE) if r["extra"] is None]
     if dead and limit:
         said.append(f"Allowed {amount(limit)} of memory, dense dies at N = {dead[0]['n']} ({dead[0]['died']}).")
     for fit in loss["fits"]:
         if fit["value"] == "extra" and fit["predicted"]:
             n, size = list(fit["predicted"].items())[-1]
-            mine = next(_where(loss["growth"], contestant=OURS, n=int(n)), {})
+            mine = next(where(loss["growth"], contestant=OURS, n=int(n)), {})
             compared = f", where {OURS} was measured to use {amount(mine['extra'])}" if mine.get("extra") else ""
             said.append(f"At N = {n} {fit['contestant']} would need {amount(size)} (predicted from the fit){compared}.")
     return " ".join(said)
 
 
 def _conditions(result: dict[str, Any]) -> str:
+    if "headline" in result["settings"]:
+        return swept.conditions(result, _limit(result))
     hard, soft, settings = result["hardware"], result["versions"], result["settings"]
     cpu = f"{hard['cpu']}, {hard['cores']} cores, {hard['instruction_set'] or 'no C++ backend'}"
-    device = hard.get("gpu", cpu)
-    memory = hard.get("gpu_memory", hard["memory"])
     packages = ", ".join(f"{k} {v}" for k, v in soft.items() if v)
     return (
         f"Medians of {settings['repeats']} interleaved calls (small batches: 20 blocks of 10; the longest: one), "
-        "all in one run of `python -m benchmarks`. The limit is 8·N²·D operations (forward alone: 2·N²·D) at the "
+        f"all in one run of `python -m benchmarks`. The limit is {_limit(result)} at the "
         "rate of `torch.mm` measured between them. Extra memory is the peak beyond inputs and gradients. With bf16 "
-        f"features, dense and open_clip run under autocast. {device}, {amount(memory)}, "
+        f"features, dense and open_clip run under autocast. {cpu}, {amount(hard['memory'])}, "
         f"threads: {settings['threads']}; {packages}; {result['date']}."
     )
 
 
-def duration(seconds: float) -> str:
-    """Three digits with a unit."""
-    for unit, size in (("s", 1.0), ("ms", 1e-3)):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds * 1e6:.3g} µs"
-
-
-def amount(size: float | None) -> str:
-    """Bytes with a decimal unit."""
-    if size is None:
-        return "unknown memory"
-    return f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"
-
-
-def _held(peak: Row | None) -> str:
-    if peak is None:
-        return ""
-    return amount(peak["extra"]) if peak["extra"] is not None else "died"
+def _limit(result: dict[str, Any]) -> str:
+    """The operations of the first loss, and of the others where they differ."""
+    said = {name: work(name).said() for name in result["losses"]} or {"": work("").said()}
+    first = next(iter(said.values()))
+    others = (f"for `{name}` {each}" for name, each in said.items() if each != first)
+    return "; ".join([first, *others])
 
 
 def _contestants(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(r["contestant"] for r in rows))
-
-
-def _where(rows: Sequence[Row], **wanted: Any) -> Iterator[Row]:
-    return (r for r in rows if all(r[k] == v for k, v in wanted.items()))
-
-
-def _table(head: list[str], lines: list[list[str]]) -> str:
-    rule = ["---", *["---:"] * (len(head) - 1)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *lines))
-
-
-def _folded(title: str, text: str) -> str:
-    return f"<details><summary>{title}</summary>\n\n{text}\n\n</details>"

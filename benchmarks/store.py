@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
-from .report import markdown
-
-__all__ = ["RESULTS", "load", "render", "save"]
+__all__ = ["RESULTS", "load", "render", "save", "slug"]
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def slug(name: str) -> str:
+    """What a result on this machine is called: `nvidia-h200` for NVIDIA H200."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def save(result: dict[str, Any], path: Path) -> None:
@@ -26,6 +30,8 @@ def load(path: Path) -> dict[str, Any]:
 
 def render(path: Path) -> None:
     """Table and plots of a saved result, beside it."""
+    from .report import markdown  # here: saving and loading need nothing beyond Python
+
     result = load(path)
     path.with_suffix(".md").write_text(markdown(result) + "\n")
     try:

@@ -1,4 +1,4 @@
-"""What the library promises of a symmetric loss on a CPU, against what a run measured."""
+"""What the library promises, on a CPU and on a GPU, against what a run measured."""
 
 from __future__ import annotations
 
@@ -6,33 +6,81 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from .baselines import DENSE, OURS
+from .baselines import COMPILED, DENSE, OURS
 from .measure import BOTH
 
 __all__ = ["Target", "targets"]
 
-# dtype: at most this times the limit, and this share of dense's time
+Row = dict[str, Any]
+# CPU, by dtype: at most this times the limit, and this share of dense's time
 SPEED = {"float32": (1.25, 1 / 1.8), "bfloat16": (2.0, 1 / 2.0)}
 MEMORY = {(8192, 512): 64e6, (65536, 256): 512e6}
 SLACK, SHARE = 30e-6, 1.10  # what a small batch may take beyond dense
 EXPONENTS = {"median": ("time", 2.1), "extra": ("memory", 1.1)}
+# GPU, bf16, forward + backward: share of the limit, and times as fast as a baseline
+SIZES = ((32768, 768), (65536, 768))
+SHARE_OF_LIMIT = 0.65
+FASTER = {DENSE: 2.0, COMPILED: 1.3, "linear_cross_entropy twice": 1.5, "memeff": 3.0, "Inf-CL": 8.0}
+SIGLIP, SIGLIP_MS = (65536, 768), 49.0
+LARGEST, LARGEST_GB = (1048576, 512), 8.0
 
 
 @dataclass(frozen=True)
 class Target:
-    """`measured` must not exceed `most`."""
+    """`measured` must not exceed `most`, nor fall short of `least`; None was not measured."""
 
     what: str
-    measured: float
-    most: float
+    measured: float | None
+    most: float | None = None
+    least: float | None = None
 
     def __str__(self) -> str:
-        verdict = "met" if self.measured <= self.most else "MISSED"
-        return f"{verdict:6} {self.what}: {self.measured:.4g}, wanted at most {self.most:.4g}"
+        wanted = f"at most {self.most:.4g}" if self.most is not None else f"at least {self.least:.4g}"
+        if self.measured is None:
+            return f"not measured: {self.what}, wanted {wanted}"
+        return f"{'met' if self.met() else 'MISSED':6} {self.what}: {self.measured:.4g}, wanted {wanted}"
+
+    def met(self) -> bool:
+        """Whether it was measured and is within its bounds."""
+        value = self.measured
+        if value is None:
+            return False
+        return (self.most is None or value <= self.most) and (self.least is None or value >= self.least)
 
 
-def targets(loss: dict[str, Any]) -> Iterator[Target]:
-    """All targets that the parts of this result can judge."""
+def targets(result: dict[str, Any], name: str) -> Iterator[Target]:
+    """All targets of one loss that this kind of run can judge."""
+    loss = result["losses"][name]
+    if "headline" not in result["settings"]:
+        yield from _on_cpu(loss)
+    elif name == "clip_loss":
+        yield from _clip_on_gpu(loss)
+    elif name == "siglip_loss":
+        ours = _one(loss, "speed", OURS, *SIGLIP)
+        size = f"bfloat16 at {SIGLIP[0]} x {SIGLIP[1]}"
+        yield Target(f"ms, {size}", ours["median"] * 1e3 if ours else None, most=SIGLIP_MS)
+
+
+def _clip_on_gpu(loss: dict[str, Any]) -> Iterator[Target]:
+    for n, d in SIZES:
+        ours = _one(loss, "speed", OURS, n, d)
+        size = f"bfloat16 at {n} x {d}"
+        yield Target(f"share of the limit, {size}", 1 / ours["over_limit"] if ours else None, least=SHARE_OF_LIMIT)
+        for who, factor in FASTER.items():
+            other = _one(loss, "speed", who, n, d)
+            times = other["median"] / ours["median"] if ours and other else None
+            yield Target(f"times as fast as {who}, {size}", times, least=factor)
+    ours = _one(loss, "memory", OURS, *LARGEST)
+    held = ours["extra"] / 1e9 if ours and ours["extra"] is not None else None
+    yield Target(f"GB extra, bfloat16 at {LARGEST[0]} x {LARGEST[1]}", held, most=LARGEST_GB)
+
+
+def _one(loss: dict[str, Any], part: str, who: str, n: int, d: int) -> Row | None:
+    wanted = {"contestant": who, "n": n, "d": d, "dtype": "bfloat16", "mode": BOTH}
+    return next((r for r in loss.get(part, []) if all(r[k] == v for k, v in wanted.items())), None)
+
+
+def _on_cpu(loss: dict[str, Any]) -> Iterator[Target]:
     for ours, dense in _pairs(loss.get("speed", [])):
         if ours["mode"] == BOTH and ours["dtype"] in SPEED:
             limit, share = SPEED[ours["dtype"]]
@@ -52,7 +100,7 @@ def targets(loss: dict[str, Any]) -> Iterator[Target]:
             yield Target(f"exponent of {what}", fit["exponent"], most)
 
 
-def _pairs(rows: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+def _pairs(rows: list[Row]) -> Iterator[tuple[Row, Row]]:
     keys = ("mode", "dtype", "n", "d")
     dense = {tuple(r[k] for k in keys): r for r in rows if r["contestant"] == DENSE}
     for row in rows:
