@@ -223,10 +223,10 @@ class _Call:
     @classmethod
     def of(cls, kernel: str, p: Problem, statistic: Softmax | Sigmoid) -> _Call:
         """Tile, operands and options, from the problem and the GPU at hand."""
-        arch, processors = _device()
+        arch, processors = device()
         ids = p.row_id is not None and p.col_id is not None
         cheap = statistic.plain and not (ids and statistic.positive_ids)
-        precision = _PRECISION[torch.get_float32_matmul_precision()] if p.x.dtype == torch.float32 else "half"
+        precision = PRECISION[torch.get_float32_matmul_precision()] if p.x.dtype == torch.float32 else "half"
         x, y = _aligned(p.x), _aligned(p.y)
         kind = (statistic.kind, "ids")[ids] if cheap else "exact"
         tile, tma = configs.choose(kernel, arch, precision, x.shape[1], kind), arch >= 90
@@ -282,7 +282,7 @@ class _Call:
         return _descriptor(g, self.tile.rows, min(self.tile.cols, 128)), _descriptor(g, self.tile.rows, self.tile.piece)
 
 
-_PRECISION = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
+PRECISION = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
@@ -368,7 +368,7 @@ def _round(a: int, b: int) -> int:
     return _ceil(a, b) * b
 
 
-def _device() -> tuple[int, int]:
+def device() -> tuple[int, int]:
     """Compute capability times ten, and streaming multiprocessors, of the current GPU."""
     if _INTERPRETED:
         return INTERPRETED
