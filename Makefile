@@ -1,5 +1,7 @@
 # make test   the numerics, on this machine         make demo   train two small towers on real pairs
 # make bench  our losses against their baselines    make lint   ruff and mypy       make asan   the C++ under sanitizers
+# make gpu    on a machine with a GPU, with the packages it has: tests, sanitizer, benchmark, in 8 minutes
+# make kernels  every GPU kernel compiled without a GPU and judged (ARGS="--arch 90": one architecture)
 #
 # PYTHON  interpreter that makes the environment (>= 3.10)
 # VENV    the environment; VENV= (empty) installs into and uses PYTHON's own
@@ -16,7 +18,7 @@ STAMPS := $(VENV)/stamps
 endif
 PIP := $(RUN) -m pip --disable-pip-version-check
 
-.PHONY: test demo bench lint asan install clean
+.PHONY: test demo bench lint asan gpu kernels install clean
 test: install
 	$(RUN) -m pytest $(ARGS)
 
@@ -37,6 +39,13 @@ asan: install
 	FASTVLM_LOSS_LIBRARY=build/asan/fastvlm_loss/_C.abi3.so ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	$(RUN) -m pytest tests/test_matrix.py tests/test_clip_properties.py -k cpp $(ARGS)
+
+# installs nothing that the machine has not: it makes no environment
+gpu:
+	$(PYTHON) tools/gpu.py $(ARGS)
+
+kernels: install
+	$(RUN) -m tools.kernel_report --gate $(ARGS)
 
 install: $(STAMPS)/package
 
