@@ -34,7 +34,7 @@ enum Flags : int64_t { kRows = 1, kCols = 2, kGap = 4 };
 constexpr int kMaxFields = 5;  // m, l, p, t, n
 
 struct Sums {
-  double gc = 0, g = 0;  // of G times the raw product, and of G
+  double gc = 0, g = 0, loss = 0;  // of G times the raw product, of G, and of a loss that is a sum over entries
 };
 
 // The softmax epilogue: same names and meaning as kernels/epilogues/softmax.py.
@@ -43,9 +43,17 @@ struct Softmax {
   void (*partial)(const Tile& t, int64_t flags, float* const* row, float* const* col);
   // into[f][i] = merge(into, from) for n values; both may be read and written up to a multiple of 16.
   void (*merge)(float* const* into, float* const* from, int64_t n, bool gap);
-  // G replaces the products and goes to `g` (compute type, row stride g_ld). Operands as in the Python epilogue.
+  // G replaces the products and goes to `g` (compute type, row stride g_ld), unless that is null. Operands as in the
+  // Python epilogue.
   void (*gradient)(const Tile& t, int64_t flags, const float* const* row, const float* const* col, Type compute,
                    void* g, int64_t g_ld, Sums* sums);
+};
+
+// The sigmoid epilogue: the value and the gradient of kernels/epilogues/sigmoid.py, in nats.
+struct Sigmoid {
+  // The weighted loss of the tile, and with `gradient` its G as above. Weights row[i], col[j]; col is `padded` long.
+  void (*sweep)(const Tile& t, const float* row, const float* col, bool gradient, Type compute, void* g, int64_t g_ld,
+                Sums* sums);
 };
 
 struct Core {
@@ -53,6 +61,7 @@ struct Core {
   const Products* f32;
   const Products* bf16;  // for bf16 features; the fp32 ones, which widen while packing, where the CPU has none
   const Softmax* softmax;
+  const Sigmoid* sigmoid;
   // out[i] = factor * sums[i] in `type`, rounded to nearest even; may run in place.
   void (*deliver)(const float* sums, Type type, int64_t n, float factor, void* out);
 };

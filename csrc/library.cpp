@@ -55,7 +55,7 @@ fastvlm::Problem problem(const Tensor& x, const Tensor& y, const Tensor& scale, 
 // What the schema has for other backends only.
 void none(std::initializer_list<const Optional*> tensors) {
   for (const Optional* t : tensors)
-    STD_TORCH_CHECK(!t->has_value(), "row_factor, col_factor, teacher: got one, wanted none");
+    STD_TORCH_CHECK(!t->has_value(), "factors, teacher: got one, wanted none");
 }
 
 void known(const std::string& epilogue) {
@@ -128,6 +128,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> softmax_gradient(
   return {dx, dy, d_scale, d_bias};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sigmoid_sweep(
+    const Tensor& x, const Tensor& y, const Tensor& scale, const Optional& bias, const Optional& target,
+    const Optional& row_id, const Optional& col_id, const Optional& row_factor, const Optional& col_factor,
+    const Optional& teacher_x, const Optional& teacher_y, const Optional& teacher_scale, bool need_x, bool need_y,
+    bool need_scale) {
+  none({&teacher_x, &teacher_y, &teacher_scale});
+  auto p = problem(x, y, scale, bias, target, row_id, col_id);
+  Tensor dx = empty(x, need_x, p.m, p.d), dy = empty(y, need_y, p.n, p.d), total = torch::stable::new_empty(scale, {});
+  Tensor d_scale = torch::stable::new_empty(scale, {}), d_bias = torch::stable::new_empty(scale, {});
+  const fastvlm::Sums sums = fastvlm::sigmoid_sweep(
+      p, values("row_factor", row_factor, p.m), values("col_factor", col_factor, p.n), need_x || need_y || need_scale,
+      need_x ? dx.mutable_data_ptr() : nullptr, need_y ? dy.mutable_data_ptr() : nullptr);
+  *data(total) = static_cast<float>(sums.loss);
+  *data(d_scale) = static_cast<float>(sums.gc);
+  *data(d_bias) = static_cast<float>(sums.g);
+  return {total, dx, dy, d_scale, d_bias};
+}
+
 std::string instruction_set() { return fastvlm::core().name; }
 
 }  // namespace
@@ -136,6 +154,7 @@ std::string instruction_set() { return fastvlm::core().name; }
 STABLE_TORCH_LIBRARY_IMPL(fastvlm_loss, CPU, m) {
   m.impl("statistics.cpp", TORCH_BOX(&softmax_statistics));
   m.impl("gradient.cpp", TORCH_BOX(&softmax_gradient));
+  m.impl("sweep.cpp", TORCH_BOX(&sigmoid_sweep));
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastvlm_loss, m) { m.def("instruction_set() -> str"); }

@@ -1,5 +1,5 @@
-// Both passes walk square macro-tiles of the score matrix. Within one: pack the features, then independent tasks make
-// tiles of scores in their own cache and fold them; backward writes the gradient tiles to one bounded workspace and
+// Every pass walks square macro-tiles of the score matrix. Within one: pack the features, then independent tasks make
+// tiles of scores in their own cache and fold them; `pull` writes the gradient tiles to one bounded workspace and
 // multiplies it from both sides. No task depends on the number of threads, so results do not either.
 #include "plan.h"
 
@@ -154,6 +154,48 @@ void deliver(const float* sums, Type type, int64_t count, float factor, void* ou
   });
 }
 
+// make(tile, row, col, g, g_ld, sums) turns the products at row, col into a tile of G, consumed at once as dX += G Y and
+// dY += Gt X. Without dx and dy no G is kept, and g is null.
+template <class F>
+Sums pull(Plan& plan, void* dx, void* dy, const F& make) {
+  const Problem& p = plan.p;
+  if (!p.m || !p.n) {
+    if (dx) std::memset(dx, 0, p.m * p.d * Pack::bytes(p.type));
+    if (dy) std::memset(dy, 0, p.n * p.d * Pack::bytes(p.type));
+    return {};
+  }
+  const bool half = p.type == Type::bf16;
+  const int64_t size = Pack::bytes(plan.q->compute), g_ld = round_up(plan.cols_macro, 32);
+  Buffer workspace, x_sums, y_sums;
+  char* g = dx || dy ? workspace.at<char>(plan.rows_macro * g_ld * size) : nullptr;
+  // fp32 accumulators: the outputs themselves where those are fp32; of y one macro-tile's columns at a time
+  float* dx_sums = nullptr;
+  if (dx) dx_sums = half ? x_sums.at<float>(p.m * p.d) : static_cast<float*>(dx);
+  Pack x_right{plan.q, plan.q->nr}, y_right{plan.q, plan.q->nr};
+  Sums total;
+  std::vector<Sums> parts;
+  plan.macros([&](Range rows, Range cols) {
+    parts.assign(divide_up(rows.size, plan.tile_rows) * divide_up(cols.size, plan.tile_cols), Sums{});
+    plan.tiles(rows, cols, [&](int64_t task, const Tile& t, int64_t r, int64_t c) {
+      make(t, rows.begin + r, cols.begin + c, g ? g + (r * g_ld + c) * size : nullptr, g_ld, &parts[task]);
+    });
+    for (const Sums& part : parts) total.gc += part.gc, total.g += part.g, total.loss += part.loss;
+    if (dx) {
+      if (rows.begin == 0) y_right.fill(plan.features(p.y, cols.begin), p.type, 1, p.d, p.d, cols.size);
+      plan.accumulate(g, g_ld, 1, rows.size, cols.size, y_right, dx_sums + rows.begin * p.d, cols.begin > 0);
+    }
+    if (dy) {
+      float* dy_sums = half ? y_sums.at<float>(cols.size * p.d) : static_cast<float*>(dy) + cols.begin * p.d;
+      x_right.fill(plan.features(p.x, rows.begin), p.type, 1, p.d, p.d, rows.size);
+      plan.accumulate(g, 1, g_ld, cols.size, rows.size, x_right, dy_sums, rows.begin > 0);
+      if (rows.begin + rows.size == p.m)
+        deliver(dy_sums, p.type, cols.size * p.d, p.scale, static_cast<char*>(dy) + cols.begin * p.d * (half ? 2 : 4));
+    }
+  });
+  if (dx) deliver(dx_sums, p.type, p.m * p.d, p.scale, dx);
+  return total;
+}
+
 }  // namespace
 
 void softmax_statistics(const Problem& p, int64_t flags, float* state) {
@@ -208,54 +250,31 @@ void softmax_statistics(const Problem& p, int64_t flags, float* state) {
 }
 
 Sums softmax_gradient(const Problem& p, int64_t flags, const float* operands, void* dx, void* dy) {
-  if (!p.m || !p.n) {
-    if (dx) std::memset(dx, 0, p.m * p.d * Pack::bytes(p.type));
-    if (dy) std::memset(dy, 0, p.n * p.d * Pack::bytes(p.type));
-    return {};
-  }
   Plan plan{p, p.products != nullptr};
   const Softmax& epilogue = *core().softmax;
   const int vectors = flags & kGap ? 4 : 3;
   const int64_t rows_kept = flags & kRows ? p.m : 0, length = rows_kept + (flags & kCols ? p.n : 0);
-  const bool half = p.type == Type::bf16;
-  const int64_t size = Pack::bytes(plan.q->compute), g_ld = round_up(plan.cols_macro, 32);
-  Buffer workspace(plan.rows_macro * g_ld * size), x_sums, y_sums;
-  void* g = workspace.at<char>(0);
-  // fp32 accumulators: the outputs themselves where those are fp32; of y one macro-tile's columns at a time
-  float* dx_sums = nullptr;
-  if (dx) dx_sums = half ? x_sums.at<float>(p.m * p.d) : static_cast<float*>(dx);
-  Pack x_right{plan.q, plan.q->nr}, y_right{plan.q, plan.q->nr};
-  Sums total;
-  std::vector<Sums> parts;
-  plan.macros([&](Range rows, Range cols) {
-    parts.assign(divide_up(rows.size, plan.tile_rows) * divide_up(cols.size, plan.tile_cols), Sums{});
-    plan.tiles(rows, cols, [&](int64_t task, const Tile& t, int64_t r, int64_t c) {
-      float padded[4][kTileCols] = {};
-      const float *row[4], *col[4];
-      for (int v = 0; v < vectors; ++v) {
-        row[v] = operands + v * length + rows.begin + r;
-        col[v] = padded[v];
-        if (flags & kCols)
-          std::memcpy(padded[v], operands + v * length + rows_kept + cols.begin + c, t.cols * sizeof(float));
-      }
-      epilogue.gradient(t, flags, row, col, plan.q->compute, static_cast<char*>(g) + (r * g_ld + c) * size, g_ld,
-                        &parts[task]);
-    });
-    for (const Sums& part : parts) total.gc += part.gc, total.g += part.g;
-    if (dx) {
-      if (rows.begin == 0) y_right.fill(plan.features(p.y, cols.begin), p.type, 1, p.d, p.d, cols.size);
-      plan.accumulate(g, g_ld, 1, rows.size, cols.size, y_right, dx_sums + rows.begin * p.d, cols.begin > 0);
+  return pull(plan, dx, dy, [&](const Tile& t, int64_t r, int64_t c, void* g, int64_t g_ld, Sums* sums) {
+    float padded[4][kTileCols] = {};
+    const float *row[4], *col[4];
+    for (int v = 0; v < vectors; ++v) {
+      row[v] = operands + v * length + r;
+      col[v] = padded[v];
+      if (flags & kCols) std::memcpy(padded[v], operands + v * length + rows_kept + c, t.cols * sizeof(float));
     }
-    if (dy) {
-      float* dy_sums = half ? y_sums.at<float>(cols.size * p.d) : static_cast<float*>(dy) + cols.begin * p.d;
-      x_right.fill(plan.features(p.x, rows.begin), p.type, 1, p.d, p.d, rows.size);
-      plan.accumulate(g, 1, g_ld, cols.size, rows.size, x_right, dy_sums, rows.begin > 0);
-      if (rows.begin + rows.size == p.m)
-        deliver(dy_sums, p.type, cols.size * p.d, p.scale, static_cast<char*>(dy) + cols.begin * p.d * (half ? 2 : 4));
-    }
+    epilogue.gradient(t, flags, row, col, plan.q->compute, g, g_ld, sums);
   });
-  if (dx) deliver(dx_sums, p.type, p.m * p.d, p.scale, dx);
-  return total;
+}
+
+Sums sigmoid_sweep(const Problem& p, const float* row_factor, const float* col_factor, bool gradient, void* dx, void* dy) {
+  Plan plan{p, false};
+  const Sigmoid& epilogue = *core().sigmoid;
+  return pull(plan, dx, dy, [&](const Tile& t, int64_t r, int64_t c, void* g, int64_t g_ld, Sums* sums) {
+    float row[kTileRows], col[kTileCols] = {};
+    for (int64_t i = 0; i < t.rows; ++i) row[i] = row_factor ? row_factor[r + i] : 1.f;
+    for (int64_t j = 0; j < t.cols; ++j) col[j] = col_factor ? col_factor[c + j] : 1.f;
+    epilogue.sweep(t, row, col, gradient, plan.q->compute, g, g_ld, sums);
+  });
 }
 
 }  // namespace fastvlm

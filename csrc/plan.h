@@ -23,4 +23,8 @@ void softmax_statistics(const Problem& p, int64_t flags, float* state);
 // products, and of G, are the gradients of scale and bias.
 Sums softmax_gradient(const Problem& p, int64_t flags, const float* operands, void* dx, void* dy);
 
+// The sigmoid loss of all entries, weighted by row_factor [m] and col_factor [n] (null: ones), and with `gradient` the
+// rest as above: one pass over the scores.
+Sums sigmoid_sweep(const Problem& p, const float* row_factor, const float* col_factor, bool gradient, void* dx, void* dy);
+
 }  // namespace fastvlm

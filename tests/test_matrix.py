@@ -25,6 +25,11 @@ def accepts(spec, options):
     return set(options) <= set(inspect.signature(spec.function).parameters)
 
 
+def rounds_again(options, dtype):
+    """Normalising features of 16 bits rounds them once more: test_properties pins it."""
+    return options.get("normalize") and dtype.itemsize == 2
+
+
 def backends():
     for name, dtypes in BACKENDS.items():
         reason = cpp.unavailable() if name == "cpp" else ""
@@ -39,8 +44,8 @@ def backends():
 def test_variants(spec, m, backend, dtype):
     found = []
     for k, options in enumerate(spec.variants):
-        if options.get("normalize") and dtype.itemsize == 2:
-            continue  # rounds the features once more: test_properties pins it
+        if rounds_again(options, dtype):
+            continue
         for d, bias in ((8, None), (100, -3.0)):
             case = Case(m=m, d=d, dtype=dtype, bias=bias, options=options, backend=backend, seed=k)
             with poison():
@@ -52,7 +57,8 @@ def test_variants(spec, m, backend, dtype):
 @pytest.mark.parametrize(("m", "d"), [(1000, 64), (1000, 512), (130, 1100)])
 @pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
 def test_large(spec, m, d, backend, dtype):
-    options = [*spec.variants[:1], *spec.variants[3:4]]
+    few = [*spec.variants[:1], *spec.variants[3:4]]
+    options = [o for o in few if not rounds_again(o, dtype)]
     assert not [v for o in options for v in violations(spec, Case(m=m, d=d, dtype=dtype, options=o, backend=backend))]
 
 

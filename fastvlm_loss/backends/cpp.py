@@ -53,8 +53,8 @@ def refuses(problem: Problem, statistic: Softmax | Sigmoid) -> str:
         return "the C++ library to be built"
     if problem.x.device.type != "cpu" or problem.x.dtype not in (torch.float32, torch.bfloat16):
         return "float32 or bfloat16 features on cpu"
-    if not isinstance(statistic, Softmax) or statistic.factor or statistic.teacher:
-        return "softmax statistics without factors and without a teacher"
+    if isinstance(statistic, Softmax) and (statistic.factor or statistic.teacher):
+        return "the sigmoid loss, or softmax statistics without factors and without a teacher"
     return ""
 
 
