@@ -1,0 +1,1 @@
+"""Tools for whoever changes the kernels; no part of the package."""

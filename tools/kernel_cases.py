@@ -1,0 +1,150 @@
+"""The calls whose kernels ship: every statistic, target, dtype and class of widths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fastvlm_loss.engine.ops import GRADIENT, STATISTICS, SWEEP
+from fastvlm_loss.scores.problem import Problem
+from fastvlm_loss.scores.statistics import Softmax
+
+from .devices import DEVICES
+
+__all__ = ["Case", "problem", "shipped", "step", "sweep"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call whose kernels the report compiles.
+
+    Attributes:
+        name: what is called, for people and for `-k`.
+        call: the call, on CPU tensors; it may launch several kernels.
+        archs: the architectures it is for.
+        loads: how operands should arrive where that is not the device's best way: "cp.async" for pointers.
+        products: the instruction that products should be where that is not the device's best, for instance "fma".
+    """
+
+    name: str
+    call: Callable[[], object] = field(repr=False)
+    archs: tuple[int, ...] = tuple(DEVICES)
+    loads: str | None = None
+    products: str | None = None
+
+
+def problem(
+    m: int, n: int, d: int, dtype: torch.dtype = torch.bfloat16, targets: str = "paired", bias: bool = False
+) -> Problem:
+    """A problem without values; `targets` is "paired" (M = N), "labels", or "ids" (labels as well if M != N)."""
+    x, y = torch.zeros(m, d, dtype=dtype), torch.zeros(n, d, dtype=dtype)
+    labels = torch.zeros(m, dtype=torch.int64) if targets == "labels" or m != n else None
+    rows, cols = (torch.arange(m), torch.arange(n)) if targets == "ids" else (None, None)
+    return Problem.of(x, y, 1.0, 0.0 if bias else None, labels=labels, image_ids=rows, text_ids=cols)
+
+
+def step(given: Problem, statistic: Softmax, needs: tuple[bool, bool, bool] = (True, True, True)) -> None:
+    """Forward and backward of a statistic through the operators, with the options it wants from the problem.
+
+    `needs` says which of the features and the scale want a gradient; without any there is no backward.
+    """
+    if statistic.factor:
+        given = given.weighted(None, None)
+    if statistic.teacher:
+        given = given.taught(given.x, given.y, 1.0)
+    sides = zip(given.targets(), (statistic.rows, statistic.cols), strict=True)
+    present = [count for count, wanted in sides if wanted and count is not None]
+    targets = torch.cat(present) if present else None
+    how = statistic.name, statistic.flags
+    nll, gap, state, products = STATISTICS["triton"](*given.tensors(), targets, *how, False)
+    if any(needs):
+        d_gap = gap if gap.numel() else None
+        GRADIENT["triton"](*given.tensors(), targets, state, products, nll, d_gap, *how, *needs)
+
+
+def sweep(given: Problem, needs: tuple[bool, bool, bool] = (True, True, True), weighted: bool = False) -> None:
+    """The sigmoid loss and its gradients through the operator, with weights of rows and columns or without."""
+    SWEEP["triton"](*(given.weighted(None, None) if weighted else given).tensors(), *needs)
+
+
+# with every option apart and together, as far as the epilogues distinguish them
+OPTIONS = {
+    "plain": Softmax(),
+    "smoothed": Softmax(gap=True),
+    "taught": Softmax(gap=True, teacher=True),
+    "tempered": Softmax(factor=True),
+    "tempered smoothed": Softmax(gap=True, factor=True),
+    "tempered taught": Softmax(gap=True, teacher=True, factor=True),
+}
+TARGETS = ("paired", "labels", "ids")
+# what a torch.set_float32_matmul_precision makes of fp32
+PRECISIONS = {"highest": "fp32", "high": "tf32x3", "medium": "tf32"}
+
+
+def shipped() -> list[Case]:
+    """All of them: bf16 in every way at a common width, then the other dtypes and widths in the main ways."""
+    return [*_common(), *_dtypes(), *_widths(), *_partial()]
+
+
+def _common() -> Iterator[Case]:
+    for targets in TARGETS:
+        given = problem(512, 512, 768, targets=targets)
+        for name, both in OPTIONS.items():
+            yield Case(f"{name} {targets} bf16 768", partial(step, given, both))
+            for side in ("rows", "cols"):
+                one = replace(both, rows=side == "rows", cols=side == "cols")
+                yield Case(f"{name} {side} {targets} bf16 768", partial(step, given, one))
+        yield Case(f"sigmoid {targets} bf16 768", partial(sweep, _biased(given)))
+        yield Case(f"sigmoid weighted {targets} bf16 768", partial(sweep, _biased(given), weighted=True))
+
+
+def _dtypes() -> Iterator[Case]:
+    for targets in ("paired", "ids"):
+        half = problem(512, 512, 768, torch.float16, targets)
+        for name in ("plain", "smoothed", "taught", "tempered"):
+            yield Case(f"{name} {targets} fp16 768", partial(step, half, OPTIONS[name]))
+        yield Case(f"sigmoid {targets} fp16 768", partial(sweep, _biased(half)))
+        full = problem(512, 512, 768, torch.float32, targets)
+        for setting, how in PRECISIONS.items():
+            products = "fma" if how == "fp32" else None
+            for name in ("plain", "smoothed", "taught", "tempered"):
+                call = partial(_with_precision, setting, partial(step, full, OPTIONS[name]))
+                yield Case(f"{name} {targets} {how} 768", call, products=products)
+            call = partial(_with_precision, setting, partial(sweep, _biased(full)))
+            yield Case(f"sigmoid {targets} {how} 768", call, products=products)
+
+
+def _widths() -> Iterator[Case]:
+    for d in (16, 64, 100, 512, 1024):
+        given = problem(512, 512, d)
+        for name in ("plain", "smoothed"):
+            yield Case(f"{name} paired bf16 {d}", partial(step, given, OPTIONS[name]))
+        yield Case(f"sigmoid paired bf16 {d}", partial(sweep, _biased(given)))
+
+
+def _partial() -> Iterator[Case]:
+    for name, (m, n) in {"ragged": (300, 517), "one row": (1, 512), "one": (1, 1)}.items():
+        given = problem(m, n, 768)
+        yield Case(f"plain {name} bf16 768", partial(step, given, Softmax()))
+        yield Case(f"sigmoid {name} bf16 768", partial(sweep, _biased(given)))
+    given = problem(512, 512, 768, bias=True)
+    for name, needs in {"scale frozen": (True, True, False), "scale alone": (False, False, True)}.items():
+        yield Case(f"plain {name} bf16 768", partial(step, given, Softmax(), needs))
+    yield Case("sigmoid value alone bf16 768", partial(sweep, given, (False, False, False)))
+
+
+def _biased(given: Problem) -> Problem:
+    return replace(given, bias=torch.zeros(()))  # the sigmoid loss has one
+
+
+def _with_precision(setting: str, call: Callable[[], Tensor | None]) -> None:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(setting)
+    try:
+        call()
+    finally:
+        torch.set_float32_matmul_precision(before)
