@@ -27,7 +27,7 @@ def _exactly(x, y, tx, ty, entries, m0, n0, M, N, row, partial: tl.constexpr, FL
     return partial(s, hit, teacher, row[3], 1, FLAGS), partial(s, hit, teacher, col[3], 0, FLAGS)
 
 
-@jit
+@jit(do_not_specialize=["count"])
 def forward(X, Y, PIECE, TX, TY, entries, ROW, COL, M, N, first, rows, count, FOLD: tl.constexpr,
             FLAGS: tl.constexpr, D: tl.constexpr, SHAPE: tl.constexpr, LOAD: tl.constexpr):  # fmt: skip
     """Rows `first` to `first + rows` in blocks; each part of the grid takes `count` tiles of columns.

@@ -47,7 +47,7 @@ def gradient(X, Y, PIECE, TX, TY, entries, ROW, COL, OUT, OUT_PIECE, SUMS, place
     BM: tl.constexpr = SHAPE[0]
     BN: tl.constexpr = SHAPE[1]
     BP: tl.constexpr = SHAPE[3]
-    BH: tl.constexpr = min(BN, 128)  # a wide tile is read off by halves, for the registers
+    BH: tl.constexpr = BN // 2 if BN >= 128 else BN  # a wide tile is read off by halves, for the registers
     pull: tl.constexpr = PULL[0]
     value: tl.constexpr = PULL[1]
     shareable: tl.constexpr = PULL[2]

@@ -37,7 +37,7 @@ try:
 except ImportError:
     tl = _stand_in
 
-    class jit:
+    class _Source:
         """Without Triton a tile function only carries its source, for `as_torch`."""
 
         def __init__(self, fn: Callable[..., Any]) -> None:
@@ -46,6 +46,10 @@ except ImportError:
         def __call__(self, *_: Any, **__: Any) -> Any:
             """Only Triton could."""
             raise RuntimeError(f"{self.fn.__name__} is a Triton function and Triton is not installed")
+
+    def jit(fn: Callable[..., Any] | None = None, **_: Any) -> Any:
+        """As of Triton, with or without options."""
+        return _Source if fn is None else _Source(fn)
 
     HAS_TRITON = False
 

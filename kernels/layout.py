@@ -72,10 +72,11 @@ def vector(pointer, at, inside, otherwise):
 
 @jit
 def vectors(pointer, first, stride, at, inside, COUNT: tl.constexpr):
-    """The elements `at` of `COUNT` packed vectors from `pointer[first]` on, 0 where not `inside`."""
+    """The elements `at` of `COUNT` packed vectors from `pointer[first]` on, 0 where not `inside`; none from None."""
     values = ()
-    for k in tl.static_range(COUNT):
-        values = values + (tl.load(pointer + first + k * tl.cast(stride, tl.int64) + at, mask=inside, other=0.0),)
+    if pointer is not None:
+        for k in tl.static_range(COUNT):
+            values = values + (tl.load(pointer + first + k * tl.cast(stride, tl.int64) + at, mask=inside, other=0.0),)
     return values
 
 

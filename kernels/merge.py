@@ -4,7 +4,7 @@ from .lang import jit, tl
 from .layout import store_vectors, vectors
 
 
-@jit
+@jit(do_not_specialize=["count"])
 def merge(PARTS, STATE, count, length, stride, FOLD: tl.constexpr, FLAGS: tl.constexpr, ONTO: tl.constexpr,
           BLOCK: tl.constexpr):  # fmt: skip
     """PARTS `[count, fields, length]` into STATE, whose fields are `stride` apart; onto what is there, or anew."""

@@ -30,7 +30,7 @@ def finished(problem: Problem, statistic: Softmax) -> tuple[Tensor, ...]:
 def total(problem: Problem, statistic: Sigmoid) -> Tensor:
     """The weighted sum of the sigmoid loss over all candidates."""
     s, hit, live = _scores(problem, statistic)
-    loss = F.softplus(torch.where(hit, -s, s))
+    loss = -F.logsigmoid(torch.where(hit, s, -s))  # not softplus, which is linear beyond 20
     if problem.row_factor is not None and problem.col_factor is not None:
         loss = loss * problem.row_factor[:, None] * problem.col_factor[None, :]
     return torch.where(live, loss, 0.0).sum()

@@ -139,7 +139,8 @@ def gradient(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`dx`, `dy` (empty if not needed), `sum G c` with c = <x, y>, and `sum G`, all of G times `unit`."""
     rows, _ = statistic.lengths(problem.x.shape[0], problem.y.shape[0])
-    row, col = operands[:, :rows].contiguous(), operands[:, rows:].contiguous()
+    row = operands[:, :rows].contiguous() if statistic.rows else None
+    col = operands[:, rows:].contiguous() if statistic.cols else None
     dx, dy, sums = _macro_tiles(problem, statistic, row, col, unit, need_x, need_y, need_scale)
     return dx, dy, sums[0], sums[1]
 
@@ -150,7 +151,8 @@ def sweep(
     """The total in nats, and what `gradient` returns, from one pass over the scores."""
     if problem.x.dtype == torch.float16 and problem.row_factor is None:
         problem, statistic = problem.weighted(None, None), Sigmoid(factor=True)  # which carry the unit
-    row = col = unit = problem.scale.new_ones(())
+    row = col = None
+    unit = problem.scale.new_ones(())
     if problem.row_factor is not None and problem.col_factor is not None:
         unit = _unit(_largest(problem.row_factor) * _largest(problem.col_factor), problem.x.dtype)
         row, col = (problem.row_factor / unit)[None], problem.col_factor[None]
@@ -159,8 +161,8 @@ def sweep(
 
 
 def _macro_tiles(
-    problem: Problem, statistic: Softmax | Sigmoid, row: Tensor, col: Tensor, unit: Tensor, need_x: bool, need_y: bool,
-    need_sums: bool,
+    problem: Problem, statistic: Softmax | Sigmoid, row: Tensor | None, col: Tensor | None, unit: Tensor, need_x: bool,
+    need_y: bool, need_sums: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`dx`, `dy` and the kernel's three sums, from G made and consumed macro-tile by macro-tile."""
     x, y, (m, d), n = problem.x, problem.y, problem.x.shape, problem.y.shape[0]
@@ -276,10 +278,10 @@ class _Call:
         return {"num_warps": self.tile.warps, "num_stages": self.tile.stages, "enable_fp_fusion": True}
 
     def outputs(self, g: Tensor | None) -> tuple[Any, Any]:
-        """The workspace for tiles (which are written 128 columns at a time), and for pieces."""
+        """The workspace for tiles (which are written by halves), and for pieces."""
         if g is None or not self.tma:
             return g, g
-        return _descriptor(g, self.tile.rows, min(self.tile.cols, 128)), _descriptor(g, self.tile.rows, self.tile.piece)
+        return _descriptor(g, self.tile.rows, _half(self.tile.cols)), _descriptor(g, self.tile.rows, self.tile.piece)
 
 
 PRECISION = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
@@ -296,8 +298,9 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
 def _merge(parts: Tensor, state: Tensor, statistic: Softmax, fold: Any, onto: bool) -> None:
     count, _, length = parts.shape
     merge_kernel[(_ceil(length, MERGE_BLOCK),)](
-        parts, state, count, length, state.stride(0), fold, statistic.flags, onto, MERGE_BLOCK, num_warps=4
-    )
+        parts, state, count, length, state.stride(0), fold, statistic.flags, onto, MERGE_BLOCK,
+        num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
 
 
 def _aligned(t: Tensor) -> Tensor:
@@ -358,6 +361,11 @@ def _macro_tile(m: int, n: int, elements: int, tile: configs.Tile) -> tuple[int,
     height = _round(_ceil(m, _ceil(m, side)), tile.rows)
     most = max((elements // min(height, _round(m, 16)) - 16) // tile.cols * tile.cols, tile.cols)
     return height, _round(_ceil(n, _ceil(n, most)), tile.cols)
+
+
+def _half(cols: int) -> int:
+    """Columns of a tile of G that the gradient kernel writes at a time."""
+    return cols // 2 if cols >= 128 else cols
 
 
 def _ceil(a: int, b: int) -> int:

@@ -24,10 +24,10 @@ def _weighted(tile, row, col, FLAGS: tl.constexpr):
 @jit
 def value(s, hit, row, col, FLAGS: tl.constexpr):
     """Weighted loss of every entry, in bits; `row` and `col` are the tuples of their weights."""
-    loss = tl.maximum(s, 0.0) + log2_1p(tl.exp2(-tl.abs(s)))
+    z = s
     if hit is not None:
-        loss = loss - tl.where(hit, s, 0.0)
-    return _weighted(loss, row, col, FLAGS)
+        z = tl.where(hit, -s, s)  # softplus(s) - s = softplus(-s), which does not cancel
+    return _weighted(tl.maximum(z, 0.0) + log2_1p(tl.exp2(-tl.abs(s))), row, col, FLAGS)
 
 
 @jit

@@ -24,7 +24,10 @@ from ..lang import jit, tl
 
 ROWS, COLS, GAP = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4)
 TEACHER, FACTOR = tl.constexpr(8), tl.constexpr(16)
-LOW, HIGH = tl.constexpr(2.0**-40), tl.constexpr(2.0**100)  # a sum within lost at most 2^-78 of itself to underflow
+LOW, HIGH = (
+    tl.constexpr(2.0**-40),
+    tl.constexpr(2.0**100),
+)  # a sum within lost at most 2^-78 of itself
 SPREAD = tl.constexpr(120.0)  # bits between the references of a gradient tile, so that no product overflows
 
 
