@@ -79,6 +79,8 @@ TABLE: dict[tuple[str, int, str, int, str], Tile] = {
     ("gradient", 80, "tf32x3", ANY, "exact"): Tile(64, 32, 32, 32, 8, 3),
     ("gradient", 80, "tf32x3", ANY, "sweep"): Tile(64, 64, 32, 32, 8, 3),
     # static report: no spills
+    ("forward", 90, "ieee", ANY, "exact"): Tile(64, 32, 32, 32, 8, 2),
+    ("gradient", 90, "ieee", ANY, "exact"): Tile(64, 32, 32, 32, 8, 2),
     ("forward", 90, "tf32", ANY, "exact"): Tile(128, 32, 32, 32, 8, 3),
     ("gradient", 90, "tf32", ANY, "exact"): Tile(128, 32, 32, 32, 8, 3),
     # static report: no spills
