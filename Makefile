@@ -18,7 +18,7 @@ STAMPS := $(VENV)/stamps
 endif
 PIP := $(RUN) -m pip --disable-pip-version-check
 
-.PHONY: test demo bench lint asan gpu kernels install clean
+.PHONY: test demo bench lint asan gpu kernels oldest install clean
 test: install
 	$(RUN) -m pytest $(ARGS)
 
@@ -43,6 +43,11 @@ asan: install
 # installs nothing that the machine has not: it makes no environment
 gpu:
 	$(PYTHON) tools/gpu.py $(ARGS)
+
+# the interpreter tests again, on the oldest Triton that is supported
+oldest: install
+	$(PIP) install -q --no-deps --upgrade --target build/triton-3.6 "triton==3.6.*"
+	PYTHONPATH=build/triton-3.6 $(RUN) -m pytest tests/test_kernels.py $(ARGS)
 
 kernels: install
 	$(RUN) -m tools.kernel_report --gate $(ARGS)

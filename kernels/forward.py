@@ -53,13 +53,16 @@ def forward(X, Y, PIECE, TX, TY, entries, ROW, COL, M, N, first, rows, count, FO
     shift = 0.0
     for tile in range(part * count, tl.minimum((part + 1) * count, tl.cdiv(N, BN))):
         n0 = tile * BN
-        exact = True
-        if shared is not None:
+        held = targets_within(row[1], entries[TARGET] is None, m0, n0, BM, BN)
+        exact = held
+        if shared is None:
+            exact = True
+        elif not held:
             col = columns_of(entries, n0 + tl.arange(0, BN), N)
             s = scores(product(X, Y, m0, n0, M, N, D[0], BM, BN, SHAPE[2], LOAD), scale, row, col, N, FLAGS)
             to_row, to_col, kept = shared(s, shift, FLAGS)
-            exact = (not kept) | targets_within(row[1], entries[TARGET] is None, m0, n0, BM, BN)
-            if not exact:
+            exact = not kept
+            if kept:
                 state = merge(state, to_row, FLAGS)
                 if COL is not None:
                     store_vectors(COL, at_block, N, col[0], col[1], to_col)
@@ -75,7 +78,7 @@ def forward(X, Y, PIECE, TX, TY, entries, ROW, COL, M, N, first, rows, count, FO
                 if COL is not None:
                     store_vectors(COL, at_block, N, j, j < N, in_col)
                 top = tl.maximum(top, tl.max(in_row[0], 0))
-            if shared is not None and (not kept) & (top > -float("inf")):
+            if shared is not None and (not held) & (top > -float("inf")):
                 shift = top - 80.0  # room above for larger ones, and 120 bits below
     if ROW is not None:
         store_vectors(ROW, part.to(tl.int64) * len(state) * rows, rows, i - first, i < M, state)

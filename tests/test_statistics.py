@@ -114,6 +114,17 @@ def test_sigmoid_gradients_are_made_once_and_scaled():
         torch.testing.assert_close(3 * a, b)
 
 
+def test_a_large_fp16_batch_does_not_overflow_before_the_mean():
+    x = torch.nn.functional.normalize(torch.ones(600, 8), dim=1).half().requires_grad_()
+    y = x.detach().clone().requires_grad_()
+    with fastvlm_loss.backend("torch"):
+        found = torch.autograd.grad(fastvlm_loss.siglip_loss(x, y, 200.0), (x, y))
+    for gradient in found:
+        assert gradient.dtype == torch.float16
+        # all pairs alike: every entry but the 600 targets pulls with sigmoid(200) = 1, so dX = 200 * 599 / 600 * y
+        torch.testing.assert_close(gradient.float(), 200 * 599 / 600 * y.detach().float(), rtol=2e-3, atol=0.0)
+
+
 def test_a_teacher_that_wants_gradients_is_refused():
     x, y, scale, _, _, _, tx, ty = features(5, 5)
     with pytest.raises(ValueError, match="teacher: got tensors that require grad, wanted detached ones"):

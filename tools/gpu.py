@@ -173,8 +173,8 @@ def steps(session: Session) -> list[Step]:
     """Correctness before speed; the benchmark has what the others leave."""
     return [
         Step("install", 75, session.install),
-        Step("gpu tests", 150, session.test),
-        Step("compute-sanitizer", 50, session.sanitize),
+        Step("gpu tests", 240, session.test),
+        Step("compute-sanitizer", 40, session.sanitize),
         Step("benchmark", SECONDS, session.benchmark),
     ]
 

@@ -98,7 +98,9 @@ def _examined(job: tuple[Case, int]) -> list[Row]:
 def _remembered(job: tuple[Case, int]) -> list[Row]:
     # after a change the calls are made again, and Triton's own cache serves the kernels that are still the same
     case, arch = job
-    rows: list[Row] = memo("case", f"{_SOURCES} {case} {arch} {torch.__version__}", lambda: examine(case, arch))
+    rows: list[Row] = memo(
+        "case", f"{_SOURCES} {case} {arch} {torch.__version__} {triton.__version__}", lambda: examine(case, arch)
+    )
     return rows
 
 

@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bias = -10.0 if asked.loss == "siglip_loss" else None
     tensors, _ = inputs(Case(asked.n, asked.d, dtype=dtype, device=device, bias=bias))
     arch, _ = gpu.device()
-    precision = "half" if dtype.itemsize == 2 else gpu.PRECISION[torch.get_float32_matmul_precision()]
+    precision = gpu.precision(dtype)
     kind = "sweep" if asked.loss == "siglip_loss" else "plain"
     with fastvlm_loss.backend("triton"):
         call = partial(evaluate, registry[asked.loss].function, tensors, {})

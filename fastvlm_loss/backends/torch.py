@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..scores.problem import Problem
-from ..scores.statistics import LN2, Sigmoid, Softmax
+from ..scores.statistics import LN2, Sigmoid, Softmax, gradient_dtype
 
 __all__ = ["gradient", "statistics", "sweep", "unit"]
 
@@ -56,7 +56,7 @@ def gradient(
         s, hit = _scores(problem, statistic, raw, r, c)
         row, col = operands[:, r], operands[:, rows + c.start : rows + c.stop]
         sums.add(statistic.gradient(s, hit, _teacher(problem, r, c), row, col), raw, r, c)
-    return sums.finished()
+    return sums.finished(problem.x.dtype)
 
 
 def sweep(
@@ -73,7 +73,7 @@ def sweep(
         row, col = weights[0][:, r], weights[1][:, c]
         total += statistic.value(s, hit, row, col).sum()
         sums.add(statistic.gradient(s, hit, row, col), raw, r, c)
-    return (total * LN2, *sums.finished())
+    return (total * LN2, *sums.finished(gradient_dtype(problem.x.dtype)))
 
 
 class _Sums:
@@ -95,9 +95,9 @@ class _Sums:
         if self.need_y:
             self.dy[c].addmm_(g.T, self.problem.x[r].to(g.dtype))
 
-    def finished(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """`dx`, `dy`, `sum G c`, `sum G`."""
-        dtype, scale = self.problem.x.dtype, self.problem.scale
+    def finished(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`dx` and `dy` in `dtype`, `sum G c`, `sum G`."""
+        scale = self.problem.scale
         return self.dx.mul_(scale).to(dtype), self.dy.mul_(scale).to(dtype), self.d_scale, self.d_bias
 
 

@@ -23,7 +23,7 @@ from ..kernels.lang import HAS_TRITON
 from ..kernels.merge import merge as merge_kernel
 from ..kernels.scores import IDS, POSITIVE
 from ..scores.problem import Problem
-from ..scores.statistics import LN2, Sigmoid, Softmax
+from ..scores.statistics import LN2, Sigmoid, Softmax, gradient_dtype
 
 __all__ = ["AUTO", "gradient", "refuses", "runs_on", "set_workspace", "statistics", "sweep", "unavailable", "unit"]
 
@@ -40,7 +40,8 @@ def set_workspace(size: int) -> None:
     """Bound the memory that a loss may use on a GPU beyond its inputs, gradients and O(M + N) statistics.
 
     Args:
-        size: bytes, at least 2**20; 256 MiB to begin with. Larger means fewer, larger launches.
+        size: bytes, at least 2**20; 256 MiB to begin with. Larger means fewer, larger launches. The column states
+            of one row block (12 bytes a column) are the least that forward takes, whatever the bound.
 
     Raises:
         TypeError, ValueError: not an int, or less than 1 MiB.
@@ -167,7 +168,9 @@ def _macro_tiles(
     """`dx`, `dy` and the kernel's three sums, from G made and consumed macro-tile by macro-tile."""
     x, y, (m, d), n = problem.x, problem.y, problem.x.shape, problem.y.shape[0]
     new, need_g = problem.scale.new_zeros, need_x or need_y
-    dx, dy = x.new_empty(x.shape if need_x else (0,)), y.new_empty(y.shape if need_y else (0,))
+    dtype = gradient_dtype(x.dtype) if isinstance(statistic, Sigmoid) else x.dtype
+    dx = x.new_empty(x.shape if need_x else (0,), dtype=dtype)
+    dy = y.new_empty(y.shape if need_y else (0,), dtype=dtype)
     sums = new(3, dtype=torch.float64)
     if not m or not n:
         return dx.zero_(), dy.zero_(), sums.float()
@@ -176,7 +179,7 @@ def _macro_tiles(
         call = _Call.of("gradient", problem, statistic)
         tile = call.tile
         height, width = _macro_tile(m, n, _workspace // x.element_size(), tile)
-        workspace = x.new_empty(height * _round(width, 16) if need_g else 0)
+        workspace = x.new_empty(min(height, m) * _round(min(width, n), 16) if need_g else 0)
         sum_y = new((n if need_y else 0, d))
         for i in range(0, m, height):
             r = slice(i, min(i + height, m))
@@ -228,10 +231,10 @@ class _Call:
         arch, processors = device()
         ids = p.row_id is not None and p.col_id is not None
         cheap = statistic.plain and not (ids and statistic.positive_ids)
-        precision = PRECISION[torch.get_float32_matmul_precision()] if p.x.dtype == torch.float32 else "half"
         x, y = _aligned(p.x), _aligned(p.y)
         kind = (statistic.kind, "ids")[ids] if cheap else "exact"
-        tile, tma = configs.choose(kernel, arch, precision, x.shape[1], kind), arch >= 90
+        how = precision(p.x.dtype)
+        tile, tma = configs.choose(kernel, arch, how, x.shape[1], kind), arch >= 90
         operands = tuple(
             _operand(t, rows, tile.depth, tma) for t, rows in ((x, tile.rows), (y, tile.cols), (y, tile.piece))
         )
@@ -256,7 +259,7 @@ class _Call:
             flags,
             depths,
             tma,
-            precision,
+            how,
             processors,
             fold,
             (*pull, statistic.operands),
@@ -284,7 +287,18 @@ class _Call:
         return _descriptor(g, self.tile.rows, _half(self.tile.cols)), _descriptor(g, self.tile.rows, self.tile.piece)
 
 
-PRECISION = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
+def precision(dtype: torch.dtype) -> str:
+    """How products of scores are made: "half", or of fp32 as `torch.set_float32_matmul_precision` says.
+
+    "highest" is IEEE, "high" three TF32 products for one, "medium" TF32. Of torch's newer setting of its own,
+    `torch.backends.cuda.matmul.fp32_precision`, "tf32" is TF32 and all else IEEE.
+    """
+    if dtype != torch.float32:
+        return "half"
+    try:
+        return {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}[torch.get_float32_matmul_precision()]
+    except RuntimeError:  # the newer setting is in use, and torch refuses to translate
+        return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
@@ -338,7 +352,7 @@ def _largest(*vectors: Tensor) -> Tensor:
 
 
 def _unit(size: Tensor, dtype: torch.dtype) -> Tensor:
-    size = torch.where(size > 0, size, 1.0)
+    size = torch.where((size > 0) & size.isfinite(), size, 1.0)  # an infinite cotangent spoils its own row only
     return size / FP16_UNIT if dtype == torch.float16 else size
 
 
@@ -348,10 +362,14 @@ def _strip(m: int, blocks: int, rows: int) -> int:
     return _round(_ceil(m, launches), rows)
 
 
+@functools.cache
 def _parts(blocks: int, tiles: int, processors: int) -> tuple[int, int]:
-    """Tiles of columns a program walks over, and programs a row block: enough of them to fill the GPU evenly."""
-    wanted = _ceil(8 * processors, blocks) if tiles >= 4 * _ceil(8 * processors, blocks) else _ceil(processors, blocks)
-    count = _ceil(tiles, min(tiles, wanted))
+    """Tiles of columns a program walks over, and programs a row block: what keeps every processor busy to the end."""
+
+    def time(count: int) -> float:  # rounds of programs, each with its tiles and a little of its own
+        return _ceil(blocks * _ceil(tiles, count), processors) * (count + 0.15)
+
+    count = min(range(1, tiles + 1), key=time)
     return count, _ceil(tiles, count)
 
 

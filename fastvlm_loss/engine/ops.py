@@ -15,7 +15,7 @@ from torch import Tensor
 from ..backends import torch as chunked
 from ..backends import triton as gpu
 from ..scores.problem import Problem
-from ..scores.statistics import Sigmoid, decode
+from ..scores.statistics import Sigmoid, decode, gradient_dtype
 
 __all__ = ["GRADIENT", "KEPT_PRODUCTS", "STATISTICS", "SWEEP", "no_autocast"]
 
@@ -105,7 +105,9 @@ def _gradient_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _sweep_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return (arguments[2].new_empty(()), *_gradient_fake(*arguments))
+    dx, dy, d_scale, d_bias = _gradient_fake(*arguments)
+    dtype = gradient_dtype(dx.dtype)
+    return arguments[2].new_empty(()), dx.to(dtype), dy.to(dtype), d_scale, d_bias
 
 
 _MAKE = {"statistics": _statistics, "gradient": _gradient, "sweep": _sweep}

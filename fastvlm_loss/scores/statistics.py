@@ -16,7 +16,7 @@ from torch import Tensor
 from ..kernels.epilogues import sigmoid, softmax
 from ..kernels.lang import as_torch
 
-__all__ = ["LN2", "Sigmoid", "Softmax", "decode"]
+__all__ = ["LN2", "Sigmoid", "Softmax", "decode", "gradient_dtype"]
 
 ROWS, COLS, GAP, TEACHER, FACTOR = 1, 2, 4, 8, 16
 LN2 = math.log(2.0)
@@ -186,6 +186,11 @@ class Sigmoid:
         """The gradient tile."""
         g: Tensor = as_torch(sigmoid.gradient)(s, hit, None, row, col, self.flags)
         return g
+
+
+def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of a sweep's gradients of the features, which wait for their cotangent: a sum that fp16 could not hold."""
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 # a table, because torch.compile traces through a cache and says so
