@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels import configs
+from ..kernels import configs, plan
 from ..kernels.forward import forward as forward_kernel
 from ..kernels.gradient import gradient as gradient_kernel
 from ..kernels.lang import HAS_TRITON
@@ -108,11 +108,11 @@ def statistics(problem: Problem, statistic: Softmax, keep: bool = False) -> tupl
     with _on(problem.x.device):
         call = _Call.of("forward", problem, statistic)
         tile = call.tile
-        strip = _strip(m, max(1, _workspace // (4 * fields * n)) if cols else m, tile.rows)
+        strip = plan.strip(m, max(1, _workspace // (4 * fields * n)) if cols else m, tile.rows)
         for first in range(0, m, strip):
             size = min(strip, m - first)
-            blocks = _ceil(size, tile.rows)
-            count, parts = _parts(blocks, _ceil(n, tile.cols), call.processors)
+            blocks = plan.ceil(size, tile.rows)
+            count, parts = plan.parts(blocks, plan.ceil(n, tile.cols), call.processors)
             to_rows = new((parts, fields, size)) if rows else None
             to_cols = new((blocks, fields, n)) if cols else None
             forward_kernel[(blocks * parts,)](
@@ -178,8 +178,8 @@ def _macro_tiles(
     with _on(x.device):
         call = _Call.of("gradient", problem, statistic)
         tile = call.tile
-        height, width = _macro_tile(m, n, _workspace // x.element_size(), tile)
-        workspace = x.new_empty(min(height, m) * _round(min(width, n), 16) if need_g else 0)
+        height, width = plan.macro_tile(m, n, _workspace // x.element_size(), tile)
+        workspace = x.new_empty(min(height, m) * plan.round_up(min(width, n), 16) if need_g else 0)
         sum_y = new((n if need_y else 0, d))
         for i in range(0, m, height):
             r = slice(i, min(i + height, m))
@@ -187,9 +187,9 @@ def _macro_tiles(
             for j in range(0, n, width):
                 c = slice(j, min(j + width, n))
                 rows, cols = r.stop - r.start, c.stop - c.start
-                stride = _round(cols, 16)
+                stride = plan.round_up(cols, 16)
                 g = workspace[: rows * stride].view(rows, stride)[:, :cols] if need_g else None
-                programs = _ceil(rows, tile.rows) * _ceil(cols, tile.cols)
+                programs = plan.ceil(rows, tile.rows) * plan.ceil(cols, tile.cols)
                 parts = new((3, programs)) if need_sums else None
                 gradient_kernel[(programs,)](
                     *call.operands, *call.teacher, call.entries, row, col, *call.outputs(g), parts,
@@ -284,7 +284,8 @@ class _Call:
         """The workspace for tiles (which are written by halves), and for pieces."""
         if g is None or not self.tma:
             return g, g
-        return _descriptor(g, self.tile.rows, _half(self.tile.cols)), _descriptor(g, self.tile.rows, self.tile.piece)
+        rows, wide = self.tile.rows, plan.half(self.tile.cols)
+        return _descriptor(g, rows, wide), _descriptor(g, rows, self.tile.piece)
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -311,7 +312,7 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 def _merge(parts: Tensor, state: Tensor, statistic: Softmax, fold: Any, onto: bool) -> None:
     count, _, length = parts.shape
-    merge_kernel[(_ceil(length, MERGE_BLOCK),)](
+    merge_kernel[(plan.ceil(length, MERGE_BLOCK),)](
         parts, state, count, length, state.stride(0), fold, statistic.flags, onto, MERGE_BLOCK,
         num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
@@ -333,7 +334,7 @@ def _descriptor(t: Tensor, rows: int, cols: int) -> Any:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     # strides as they ought to be: a tensor of one row may have any
-    stride = t.stride(0) if t.shape[0] > 1 else _round(t.shape[1], 16)
+    stride = t.stride(0) if t.shape[0] > 1 else plan.round_up(t.shape[1], 16)
     return TensorDescriptor(t, list(t.shape), [stride, 1], [rows, cols])
 
 
@@ -354,44 +355,6 @@ def _largest(*vectors: Tensor) -> Tensor:
 def _unit(size: Tensor, dtype: torch.dtype) -> Tensor:
     size = torch.where((size > 0) & size.isfinite(), size, 1.0)  # an infinite cotangent spoils its own row only
     return size / FP16_UNIT if dtype == torch.float16 else size
-
-
-def _strip(m: int, blocks: int, rows: int) -> int:
-    """Rows of a launch, at most `blocks` row blocks, alike for all launches."""
-    launches = _ceil(_ceil(m, rows), blocks)
-    return _round(_ceil(m, launches), rows)
-
-
-@functools.cache
-def _parts(blocks: int, tiles: int, processors: int) -> tuple[int, int]:
-    """Tiles of columns a program walks over, and programs a row block: what keeps every processor busy to the end."""
-
-    def time(count: int) -> float:  # rounds of programs, each with its tiles and a little of its own
-        return _ceil(blocks * _ceil(tiles, count), processors) * (count + 0.15)
-
-    count = min(range(1, tiles + 1), key=time)
-    return count, _ceil(tiles, count)
-
-
-def _macro_tile(m: int, n: int, elements: int, tile: configs.Tile) -> tuple[int, int]:
-    """Rows and columns of a macro-tile of at most `elements`, near square and alike along each side."""
-    side = max(int(elements**0.5) // 256 * 256, 256)
-    height = _round(_ceil(m, _ceil(m, side)), tile.rows)
-    most = max((elements // min(height, _round(m, 16)) - 16) // tile.cols * tile.cols, tile.cols)
-    return height, _round(_ceil(n, _ceil(n, most)), tile.cols)
-
-
-def _half(cols: int) -> int:
-    """Columns of a tile of G that the gradient kernel writes at a time."""
-    return cols // 2 if cols >= 128 else cols
-
-
-def _ceil(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def _round(a: int, b: int) -> int:
-    return _ceil(a, b) * b
 
 
 def device() -> tuple[int, int]:

@@ -1,0 +1,37 @@
+"""How the GPU backend cuts a problem: everything is covered, nothing exceeds its bound, no processor idles for long."""
+
+import pytest
+from fastvlm_loss.kernels import plan
+from fastvlm_loss.kernels.configs import Tile
+
+TILE = Tile(128, 256, 64, 64, 8, 3)
+SIZES = [1, 65, 128, 517, 3072, 8192, 10000, 65536, 262144, 1048576]
+
+
+@pytest.mark.parametrize("m", SIZES)
+def test_strips_cover_the_rows_alike(m):
+    for blocks in (1, 21, 341):
+        strip = plan.strip(m, blocks, 128)
+        assert strip % 128 == 0 and strip <= blocks * 128
+        assert plan.ceil(m, strip) == plan.ceil(plan.ceil(m, 128), blocks) or strip * plan.ceil(m, strip) >= m
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_parts_cover_the_columns_and_fill_the_processors(n):
+    for blocks in (1, 8, 21, 64, 256):
+        tiles = plan.ceil(n, 256)
+        count, parts = plan.parts(blocks, tiles, 132)
+        assert (parts - 1) * count < tiles <= parts * count
+        ideal = blocks * tiles / 132
+        rounds = plan.ceil(blocks * parts, 132) * count
+        assert rounds <= max(1.35 * ideal, ideal + 2)
+
+
+@pytest.mark.parametrize("m", SIZES)
+@pytest.mark.parametrize("n", SIZES)
+def test_macro_tiles_fit_the_workspace(m, n):
+    for elements in (2**19, 2**27):
+        height, width = plan.macro_tile(m, n, elements, TILE)
+        assert height % 128 == 0 and width % 256 == 0
+        rows = min(height, m)
+        assert rows * plan.round_up(min(width, n), 16) <= max(elements, rows * 256)
