@@ -54,6 +54,7 @@ TABLE: dict[tuple[str, int, str, int, str], Tile] = {
     ("forward", 100, "half", ANY, "exact"): Tile(64, 32, 64, 32, 8, 3),
     ("gradient", 100, "half", ANY, "exact"): Tile(64, 64, 64, 64, 8, 3),
     ("gradient", 100, "half", ANY, "sweep"): Tile(128, 128, 64, 64, 8, 3),
+    ("forward", 100, "ieee", ANY, "ids"): Tile(64, 64, 32, 32, 8, 2),
     # static report: no spills; no tensor cores, fused multiply-adds
     ("forward", 80, "ieee", ANY, "plain"): Tile(64, 64, 32, 64, 8, 2),
     ("gradient", 80, "ieee", ANY, "plain"): Tile(64, 64, 32, 64, 8, 2),
