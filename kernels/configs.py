@@ -29,7 +29,7 @@ class Tile(NamedTuple):
 # (kernel, architecture, dtype or precision, largest D, kind): tile
 ANY = 1 << 30
 TABLE: dict[tuple[str, int, str, int, str], Tile] = {
-    # static report: no spills; the largest tiles that fit the registers, cp.async
+    # static report of the main calls: no spills; the largest tiles that fit the registers, cp.async
     ("forward", 80, "half", ANY, "plain"): Tile(128, 128, 32, 64, 8, 3),
     ("gradient", 80, "half", ANY, "plain"): Tile(128, 128, 32, 32, 8, 3),
     ("forward", 80, "half", ANY, "ids"): Tile(128, 128, 32, 32, 8, 3),

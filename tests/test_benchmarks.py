@@ -18,14 +18,7 @@ from benchmarks import baselines, gate, measure, plots, readme, report, store  #
 from benchmarks.targets import targets  # noqa: E402
 
 CLIP = registry["clip_loss"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -23,14 +23,7 @@ from benchmarks.targets import targets  # noqa: E402
 from benchmarks.work import WORK, work  # noqa: E402
 
 CLIP = registry["clip_loss"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def siglip_loss(image_features, text_features, logit_scale, logit_bias):

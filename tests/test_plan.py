@@ -13,7 +13,7 @@ def test_strips_cover_the_rows_alike(m):
     for blocks in (1, 21, 341):
         strip = plan.strip(m, blocks, 128)
         assert strip % 128 == 0 and strip <= blocks * 128
-        assert plan.ceil(m, strip) == plan.ceil(plan.ceil(m, 128), blocks) or strip * plan.ceil(m, strip) >= m
+        assert plan.ceil(m, strip) <= plan.ceil(plan.ceil(m, 128), blocks)  # no launch more than the bound asks for
 
 
 @pytest.mark.parametrize("n", SIZES)
@@ -24,7 +24,7 @@ def test_parts_cover_the_columns_and_fill_the_processors(n):
         assert (parts - 1) * count < tiles <= parts * count
         ideal = blocks * tiles / 132
         rounds = plan.ceil(blocks * parts, 132) * count
-        assert rounds <= max(1.35 * ideal, ideal + 2)
+        assert rounds <= max(1.05 * ideal, ideal + 2)  # two tiles of a tail, or 5 %
 
 
 @pytest.mark.parametrize("m", SIZES)

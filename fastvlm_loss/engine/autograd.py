@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..scores.problem import FIELDS
 from ..scores.statistics import decode
 from . import ops
 
 __all__ = ["Statistics", "Total"]
 
-FIELDS = 12  # of a Problem
 ROW_FACTOR, COL_FACTOR = 7, 8
 
 

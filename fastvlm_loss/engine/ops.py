@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..backends import torch as chunked
 from ..backends import triton as gpu
-from ..scores.problem import Problem
+from ..scores.problem import FIELDS, Problem
 from ..scores.statistics import Sigmoid, decode, gradient_dtype
 
 __all__ = ["GRADIENT", "KEPT_PRODUCTS", "STATISTICS", "SWEEP", "no_autocast"]
@@ -34,7 +34,6 @@ _SCHEMAS = {
 }
 # products a backend keeps for backward instead of making them again, for a batch whose matrix is one small tile
 KEPT_PRODUCTS = {"torch": 1024 * 1024, "cpp": 1024 * 1024, "triton": 0}
-_FIELDS = 12
 
 _library = torch.library.Library("fastvlm_loss", "DEF")
 
@@ -53,8 +52,8 @@ def factors(problem: Problem, lengths: tuple[int, int]) -> Tensor | None:
 
 def _statistics(backend: Any) -> Any:
     def statistics(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        targets, epilogue, flags, keep = arguments[_FIELDS:]
-        problem, statistic = Problem(*arguments[:_FIELDS]), decode(epilogue, flags)
+        targets, epilogue, flags, keep = arguments[FIELDS:]
+        problem, statistic = Problem(*arguments[:FIELDS]), decode(epilogue, flags)
         with no_autocast(problem.x.device.type):
             state, products = backend.statistics(problem, statistic, keep)
             lengths = statistic.lengths(problem.x.shape[0], problem.y.shape[0])
@@ -66,8 +65,8 @@ def _statistics(backend: Any) -> Any:
 
 def _gradient(backend: Any) -> Any:
     def gradient(*arguments: Any) -> Any:
-        targets, state, products, d_nll, d_gap, epilogue, flags, *needs = arguments[_FIELDS:]
-        problem, statistic = Problem(*arguments[:_FIELDS]), decode(epilogue, flags)
+        targets, state, products, d_nll, d_gap, epilogue, flags, *needs = arguments[FIELDS:]
+        problem, statistic = Problem(*arguments[:FIELDS]), decode(epilogue, flags)
         cotangents = (d_nll,) if d_gap is None else (d_nll, d_gap)
         with no_autocast(problem.x.device.type):
             lengths = statistic.lengths(problem.x.shape[0], problem.y.shape[0])
@@ -81,15 +80,15 @@ def _gradient(backend: Any) -> Any:
 
 def _sweep(backend: Any) -> Any:
     def sweep(*arguments: Any) -> Any:
-        problem = Problem(*arguments[:_FIELDS])
+        problem = Problem(*arguments[:FIELDS])
         with no_autocast(problem.x.device.type):
-            return backend.sweep(problem, Sigmoid(problem.row_factor is not None), *arguments[_FIELDS:])
+            return backend.sweep(problem, Sigmoid(problem.row_factor is not None), *arguments[FIELDS:])
 
     return sweep
 
 
 def _statistics_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    problem, (_, epilogue, flags, keep) = Problem(*arguments[:_FIELDS]), arguments[_FIELDS:]
+    problem, (_, epilogue, flags, keep) = Problem(*arguments[:FIELDS]), arguments[FIELDS:]
     statistic, m, n = decode(epilogue, flags), problem.x.shape[0], problem.y.shape[0]
     length, scale = sum(statistic.lengths(m, n)), problem.scale
     gap = scale.new_empty(length if statistic.gap else 0)
@@ -98,7 +97,7 @@ def _statistics_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _gradient_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    problem, (need_x, need_y, _) = Problem(*arguments[:_FIELDS]), arguments[-3:]
+    problem, (need_x, need_y, _) = Problem(*arguments[:FIELDS]), arguments[-3:]
     dx = problem.x.new_empty(problem.x.shape if need_x else (0,))
     dy = problem.y.new_empty(problem.y.shape if need_y else (0,))
     return dx, dy, problem.scale.new_empty(()), problem.scale.new_empty(())

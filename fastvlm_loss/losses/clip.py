@@ -10,12 +10,12 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..engine import tile
 from ..scores import check
 from ..scores.problem import Problem
+from ._oracle import matrix, some_ids
 from ._reduce import DIRECTIONS, REDUCTIONS, combine, unit_features
 from ._spec import LossSpec, register
 
@@ -108,16 +108,10 @@ def _oracle(
     text_weights: Tensor | None = None, directions: str = "both", normalize: bool = False, reduction: str = "mean",
 ) -> Tensor:  # fmt: skip
     """The equation on the dense score matrix."""
-    if normalize:
-        image_features, text_features = F.normalize(image_features, dim=1), F.normalize(text_features, dim=1)
-    s = logit_scale * image_features @ text_features.T + (0.0 if logit_bias is None else logit_bias)
-    m, n = s.shape
-    y = (torch.arange(m, device=s.device) if labels is None else labels)[:, None] == torch.arange(n, device=s.device)
-    v = torch.ones_like(y)
-    row_id, col_id = (text_ids if image_ids is None else image_ids), (image_ids if text_ids is None else text_ids)
-    if row_id is not None and col_id is not None:
-        present = (row_id != -1)[:, None] & (col_id != -1)
-        y, v = y & present, present & (y | (row_id[:, None] != col_id))
+    s, y, present, same = matrix(
+        image_features, text_features, logit_scale, logit_bias, labels, image_ids, text_ids, normalize
+    )
+    v = present & (y | ~same)
     results = []
     for z, pos, live, w, wanted in (
         (s, y, v, image_weights, directions != "text"),
@@ -136,12 +130,6 @@ def _oracle(
     return results[0] if len(results) == 1 else (results[0] + results[1]) / 2
 
 
-def _ids(m: int, n: int, device: torch.device, g: torch.Generator) -> Tensor:
-    ids = torch.randint(0, max(m // 2, 1), (m,), generator=g)
-    ids[torch.rand(m, generator=g) < 0.1] = -1
-    return ids.to(device)
-
-
 def _weights(m: int, n: int, device: torch.device, g: torch.Generator) -> Tensor:
     return torch.rand(m, generator=g).mul(2).masked_fill(torch.rand(m, generator=g) < 0.2, 0.0).to(device)
 
@@ -155,12 +143,12 @@ SPEC = register(
         variants=(
             {},
             {"label_smoothing": 0.1},
-            {"image_ids": _ids},
-            {"image_ids": _ids, "label_smoothing": 0.2, "image_weights": _weights, "text_weights": _weights},
+            {"image_ids": some_ids},
+            {"image_ids": some_ids, "label_smoothing": 0.2, "image_weights": _weights, "text_weights": _weights},
             {"directions": "image"},
             {"directions": "text", "label_smoothing": 0.1},
             {"reduction": "sum", "image_weights": _weights},
-            {"reduction": "none", "text_ids": _ids},
+            {"reduction": "none", "text_ids": some_ids},
             {"normalize": True},
         ),
     )

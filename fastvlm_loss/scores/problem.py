@@ -5,7 +5,7 @@ The one place for validation, dtype, autocast and contiguity. Everything below i
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import is_fake
 
 from . import check
 
-__all__ = ["Problem", "statistics_dtype"]
+__all__ = ["FIELDS", "Problem", "statistics_dtype"]
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -126,6 +126,9 @@ class Problem:
         rows = (self.target >= 0).to(self.scale.dtype)
         cols = rows.new_zeros(self.y.shape[0])
         return rows, cols.index_add(0, self.target.clamp(min=0), rows) if cols.shape[0] else cols
+
+
+FIELDS = len(fields(Problem))  # tensors that travel through the op boundary
 
 
 def _autocast(features: Tensor) -> Tensor:
