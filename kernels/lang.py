@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["HAS_TRITON", "as_torch", "jit", "log2_1p", "tl"]
+__all__ = ["HAS_TRITON", "LOG2E", "as_torch", "jit", "log2_1p", "tl"]
 
 _stand_in = types.SimpleNamespace(
     constexpr=lambda value: value,
@@ -52,6 +52,9 @@ except ImportError:
         return _Source if fn is None else _Source(fn)
 
     HAS_TRITON = False
+
+
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @jit

@@ -1,9 +1,8 @@
 """From a tile of products to scores, candidates and targets: what every kernel does before its epilogue."""
 
-from .lang import jit, tl
+from .lang import LOG2E, jit, tl
 from .layout import number, vector
 
-LOG2E = tl.constexpr(1.4426950408889634)
 IDS, POSITIVE = tl.constexpr(64), tl.constexpr(128)  # equal ids leave the candidates, or with POSITIVE are targets
 # what `entries` holds, each a pointer or None
 SCALE, BIAS, TEACHER_SCALE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)

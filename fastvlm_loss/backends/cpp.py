@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from ..scores.problem import Problem
-from ..scores.statistics import Sigmoid, Softmax
+from ..scores.statistics import Hinge, Sigmoid, Softmax
 
 __all__ = ["AUTO", "instruction_set", "refuses", "runs_on", "unavailable"]
 
@@ -47,14 +47,12 @@ def unavailable() -> str:
     return _REASON
 
 
-def refuses(problem: Problem, statistic: Softmax | Sigmoid) -> str:
+def refuses(problem: Problem, statistic: Softmax | Hinge | Sigmoid) -> str:
     """What this backend wants instead of a problem like this, or an empty string."""
     if _REASON:
         return "the C++ library to be built"
     if problem.x.device.type != "cpu" or problem.x.dtype not in (torch.float32, torch.bfloat16):
         return "float32 or bfloat16 features on cpu"
-    if isinstance(statistic, Softmax) and (statistic.factor or statistic.teacher):
-        return "the sigmoid loss, or softmax statistics without factors and without a teacher"
     return ""
 
 

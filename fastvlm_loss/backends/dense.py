@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..scores.problem import Problem
-from ..scores.statistics import Sigmoid, Softmax
+from ..scores.statistics import LN2, Hinge, Sigmoid, Softmax
 
 __all__ = ["finished", "total"]
 
 
-def finished(problem: Problem, statistic: Softmax) -> tuple[Tensor, ...]:
-    """What `Softmax.finish` returns for the whole problem, differentiable by plain autograd."""
+def finished(problem: Problem, statistic: Softmax | Hinge) -> tuple[Tensor, ...]:
+    """What `finish` of the statistic returns for the whole problem, differentiable, and at the end its state."""
     s, hit, live = _scores(problem, statistic)
-    v = None
-    if statistic.teacher:
-        assert problem.teacher_x is not None and problem.teacher_y is not None and problem.teacher_scale is not None
-        dtype = problem.scale.dtype
-        v = problem.teacher_scale * (problem.teacher_x.to(dtype) @ problem.teacher_y.to(dtype).T)
+    t = _second(problem) if isinstance(statistic, Softmax) and statistic.teacher else None
     row, col = (problem.row_factor, problem.col_factor) if statistic.factor else (None, None)
-    gap = statistic.gap or statistic.teacher
-    parts = [_direction(s, hit, live, gap, v, row)] if statistic.rows else []
-    parts += [_direction(s.T, hit.T, live.T, gap, None if v is None else v.T, col)] if statistic.cols else []
-    return tuple(torch.cat(vectors) for vectors in zip(*parts, strict=True))
+    sides = []
+    if statistic.rows:
+        sides.append(_Side(s, hit, live & ~_beyond(problem, statistic, hit, 0), t, row))
+    if statistic.cols:
+        out = _beyond(problem, statistic, hit, 1)
+        sides.append(_Side(s.T, hit.T, (live & ~out).T, None if t is None else t.T, col))
+    parts = [side.hinges() if isinstance(statistic, Hinge) else side.softmax(problem, statistic) for side in sides]
+    states = [side.state(statistic) for side in sides]
+    return tuple(torch.cat(vectors, -1) for vectors in [*zip(*parts, strict=True), states])
 
 
 def total(problem: Problem, statistic: Sigmoid) -> Tensor:
@@ -36,14 +39,12 @@ def total(problem: Problem, statistic: Sigmoid) -> Tensor:
     return torch.where(live, loss, 0.0).sum()
 
 
-def _scores(problem: Problem, statistic: Softmax | Sigmoid) -> tuple[Tensor, Tensor, Tensor]:
+def _scores(problem: Problem, statistic: Softmax | Hinge | Sigmoid) -> tuple[Tensor, Tensor, Tensor]:
     """Scores, which of them are targets, and which are candidates."""
     dtype = problem.scale.dtype
-    s = problem.scale * (problem.x.to(dtype) @ problem.y.to(dtype).T)
-    if problem.bias is not None:
-        s = s + problem.bias
-    row = torch.arange(s.shape[0], device=s.device) if problem.target is None else problem.target
-    hit = row[:, None] == torch.arange(s.shape[1], device=s.device)[None, :]
+    c = problem.x.to(dtype) @ problem.y.to(dtype).T
+    row = torch.arange(c.shape[0], device=c.device) if problem.target is None else problem.target
+    hit = row[:, None] == torch.arange(c.shape[1], device=c.device)[None, :]
     live = torch.ones_like(hit)
     if problem.row_id is not None and problem.col_id is not None:
         same = problem.row_id[:, None] == problem.col_id[None, :]
@@ -52,25 +53,93 @@ def _scores(problem: Problem, statistic: Softmax | Sigmoid) -> tuple[Tensor, Ten
             hit = (hit | same) & live
         else:
             live = live & (hit | ~same)
+    if statistic.margin:
+        assert problem.numbers is not None
+        c = c + torch.where(hit, 0.0, torch.minimum(problem.numbers[0], problem.numbers[1] - _second(problem)))
+    s = problem.scale * c
+    for bias in (problem.bias, problem.col_bias):
+        s = s if bias is None else s + bias
     return s, hit, live
 
 
-def _direction(
-    s: Tensor, hit: Tensor, live: Tensor, gap: bool, teacher: Tensor | None, factor: Tensor | None
-) -> tuple[Tensor, ...]:
-    targets = hit.sum(1)
-    known = (targets > 0)[:, None]
-    s = torch.where(known, s, 0.0)  # a row without target has no loss: keep its -inf out of autograd
-    if factor is not None:
-        s = s * factor[:, None]
-    live = live | ~known
-    positive = torch.where(hit, s, 0.0).sum(1) / targets.clamp(min=1)
-    # the target is subtracted before the exponentials, so that a loss near 0 keeps its digits
-    nll = (s - positive[:, None]).masked_fill(~live, -torch.inf).logsumexp(1) if s.shape[1] else positive
-    out = [nll]
-    if gap and teacher is not None:
-        weight = torch.softmax(torch.where(known, teacher, 0.0).masked_fill(~live, -torch.inf), 1)
-        out.append(positive - (weight * torch.where(live, s, 0.0)).sum(1))
-    elif gap:
-        out.append(positive - torch.where(live, s, 0.0).sum(1) / live.sum(1).clamp(min=1))
-    return tuple(torch.where(known[:, 0], v, 0.0) for v in out)
+def _second(problem: Problem) -> Tensor:
+    assert problem.teacher_x is not None and problem.teacher_y is not None and problem.teacher_scale is not None
+    dtype = problem.scale.dtype
+    return problem.teacher_scale * (problem.teacher_x.to(dtype) @ problem.teacher_y.to(dtype).T)
+
+
+def _beyond(problem: Problem, statistic: Softmax | Hinge, hit: Tensor, axis: int) -> Tensor:
+    """Negatives above the limits of their row (axis 0) or column (axis 1)."""
+    limit = problem.col_limit if axis else problem.row_limit
+    out = torch.zeros_like(hit)
+    if limit is not None:
+        dtype, other = problem.scale.dtype, 1 - axis
+        if statistic.limit:
+            out = out | (problem.x.to(dtype) @ problem.y.to(dtype).T > limit[0].unsqueeze(other))
+        if statistic.guide:
+            out = out | (_second(problem) > limit[1].unsqueeze(other))
+    return out & ~hit
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One direction: scores, targets, candidates, teacher's scores `[L, others]`, and a factor `[L]`."""
+
+    s: Tensor
+    hit: Tensor
+    live: Tensor
+    teacher: Tensor | None
+    factor: Tensor | None
+
+    def softmax(self, problem: Problem, statistic: Softmax) -> tuple[Tensor, ...]:
+        s, hit, live = self.s, self.hit, self.live
+        targets, negative = hit.sum(1), live & ~hit
+        known = (targets > 0) & (negative.any(1) if statistic.hardness else True)
+        s = torch.where(known[:, None], s, 0.0)  # a row without target has no loss: keep its -inf out of autograd
+        if self.factor is not None:
+            s = s * self.factor[:, None]
+        live, negative = live | ~known[:, None], negative | ~known[:, None]
+        positive = torch.where(hit, s, 0.0).sum(1) / targets.clamp(min=1)
+        # the target is subtracted before the exponentials, so that a loss near 0 keeps its digits
+        z = s - positive[:, None]
+        if statistic.hardness:
+            assert problem.numbers is not None
+            weights = (problem.numbers[0] * z).masked_fill(~negative, -torch.inf).log_softmax(1)
+            weights = weights + negative.sum(1, keepdim=True).to(s.dtype).log()
+            weights = weights.detach() if statistic.detached else weights
+            nll = (weights + z).masked_fill(~negative, -torch.inf).logsumexp(1)
+        else:
+            nll = z.masked_fill(~live, -torch.inf).logsumexp(1) if s.shape[1] else positive
+        if statistic.positives == "in" and s.shape[1]:
+            nll = nll - z.masked_fill(~(hit | ~known[:, None]), -torch.inf).logsumexp(1)
+        out = [nll]
+        if statistic.gap and self.teacher is not None:
+            weight = torch.where(known[:, None], self.teacher, 0.0).masked_fill(~live, -torch.inf).softmax(1)
+            out.append(positive - (weight * torch.where(live, s, 0.0)).sum(1))
+        elif statistic.gap:
+            out.append(positive - torch.where(live, s, 0.0).sum(1) / live.sum(1).clamp(min=1))
+        return tuple(torch.where(known, v, 0.0) for v in out)
+
+    def hinges(self) -> tuple[Tensor, ...]:
+        assert self.factor is not None
+        over = torch.where(self.live & ~self.hit, (self.s - self.factor[:, None]).clamp(min=0), 0.0).sum(1)
+        return (torch.where(self.hit.any(1), over, 0.0),)
+
+    @torch.no_grad()
+    def state(self, statistic: Softmax | Hinge) -> Tensor:
+        """What `summary` and `known` read of a state, in its own places; nothing else."""
+        own, none = statistic.fields - 4 * statistic.hardest, self.s.new_full((1,), -torch.inf)
+        state = self.s.new_zeros((statistic.fields, self.s.shape[0]))
+        negative, s = self.live & ~self.hit, self.s / LN2
+        if isinstance(statistic, Hinge) and self.factor is not None:
+            state[1] = (negative & (self.s > self.factor[:, None])).sum(1)
+        else:
+            z = self.s if self.factor is None else self.s * self.factor[:, None]
+            state[0] = torch.where(self.live, z, none).logsumexp(1) / LN2 if s.shape[1] else none
+            state[1], state[2] = 1.0, torch.where(self.hit, s, 0.0).sum(1)
+            if isinstance(statistic, Softmax) and statistic.hardness:
+                state[5] = negative.sum(1)
+        if statistic.hardest and s.shape[1]:
+            state[own], state[own + 1] = torch.where(negative, s, none).max(1)
+            state[own + 2], state[own + 3] = torch.where(self.hit, s, none).amax(1), negative.sum(1)
+        return state

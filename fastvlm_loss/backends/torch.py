@@ -6,12 +6,13 @@ The fallback everywhere, and in fp64 the way the kernels' maths meet gradcheck.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..scores.problem import Problem
-from ..scores.statistics import LN2, Sigmoid, Softmax, gradient_dtype
+from ..scores.statistics import LN2, Hinge, Sigmoid, Softmax, gradient_dtype
 
 __all__ = ["gradient", "statistics", "sweep", "unit"]
 
@@ -19,7 +20,7 @@ __all__ = ["gradient", "statistics", "sweep", "unit"]
 TILE = {"cpu": 1024, "cuda": 4096}
 
 
-def statistics(problem: Problem, statistic: Softmax, keep: bool = False) -> tuple[Tensor, Tensor]:
+def statistics(problem: Problem, statistic: Softmax | Hinge, keep: bool = False) -> tuple[Tensor, Tensor]:
     """State `[fields, L]` of all rows, then all columns; and the products `[M, N]` of a small batch, if to be kept."""
     m, n = problem.x.shape[0], problem.y.shape[0]
     rows, cols = statistic.lengths(m, n)
@@ -29,12 +30,13 @@ def statistics(problem: Problem, statistic: Softmax, keep: bool = False) -> tupl
         products = _products(problem, r, c)
         if keep:
             kept[r, c] = products
-        s, hit = _scores(problem, statistic, products, r, c)
-        teacher = _teacher(problem, r, c)
-        sides = [(r, 1, problem.row_factor, r)] if rows else []
-        sides += [(slice(rows + c.start, rows + c.stop), 0, problem.col_factor, c)] if cols else []
-        for here, axis, factor, own in sides:
-            part = statistic.partial(s, hit, teacher, None if factor is None else factor[own], axis)
+        tile = _Tile.of(problem, statistic, products, r, c)
+        sides = [(r, r, c, 1, tile.to_row, problem.row_factor)] if rows else []
+        sides += [(slice(rows + c.start, rows + c.stop), c, r, 0, tile.to_col, problem.col_factor)] if cols else []
+        for here, own, others, axis, s, factor in sides:
+            index = torch.arange(others.start, others.stop, device=s.device, dtype=s.dtype)
+            factors = None if factor is None else factor[own]
+            part = statistic.partial(s, tile.hit, tile.second, factors, index, _beta(problem), axis)
             state[:, here] = torch.stack(statistic.merge(state[:, here], part))
     return state, kept
 
@@ -45,46 +47,47 @@ def unit(problem: Problem, cotangents: tuple[Tensor, ...]) -> float:
 
 
 def gradient(
-    problem: Problem, statistic: Softmax, products: Tensor, operands: Tensor, unit: float, need_x: bool, need_y: bool,
-    need_scale: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """`dx`, `dy` (empty if not needed), `sum G c` with c = <x, y>, and `sum G`."""
+    problem: Problem, statistic: Softmax | Hinge, products: Tensor, operands: Tensor, unit: float, need_x: bool,
+    need_y: bool, need_scale: bool, need_col: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`dx`, `dy` (empty if not needed), `sum G c` with c = <x, y>, `sum G`, and its column sums (empty likewise)."""
     rows, _ = statistic.lengths(problem.x.shape[0], problem.y.shape[0])
-    sums = _Sums(problem, need_x, need_y)
+    sums = _Sums(problem, need_x, need_y, need_col)
     for r, c in _tiles(problem):
         raw = products[r, c] if products.numel() else _products(problem, r, c)
-        s, hit = _scores(problem, statistic, raw, r, c)
+        tile = _Tile.of(problem, statistic, raw, r, c)
         row, col = operands[:, r], operands[:, rows + c.start : rows + c.stop]
-        sums.add(statistic.gradient(s, hit, _teacher(problem, r, c), row, col), raw, r, c)
+        g = statistic.gradient(tile.to_row, tile.to_col, tile.hit, tile.second, row, col, _beta(problem))
+        sums.add(g, tile.products, r, c)
     return sums.finished(problem.x.dtype)
 
 
 def sweep(
     problem: Problem, statistic: Sigmoid, need_x: bool, need_y: bool, need_scale: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The total in nats, and what `gradient` returns, from one pass over the scores."""
+    """The total in nats, and the first four of what `gradient` returns, from one pass over the scores."""
     none = problem.scale.new_empty((0, 0))
     weights = [none if f is None else f[None] for f in (problem.row_factor, problem.col_factor)]
     total = problem.scale.new_zeros(())
-    sums = _Sums(problem, need_x, need_y)
+    sums = _Sums(problem, need_x, need_y, False)
     for r, c in _tiles(problem):
-        raw = _products(problem, r, c)
-        s, hit = _scores(problem, statistic, raw, r, c)
+        tile = _Tile.of(problem, statistic, _products(problem, r, c), r, c)
         row, col = weights[0][:, r], weights[1][:, c]
-        total += statistic.value(s, hit, row, col).sum()
-        sums.add(statistic.gradient(s, hit, row, col), raw, r, c)
-    return (total * LN2, *sums.finished(gradient_dtype(problem.x.dtype)))
+        total += statistic.value(tile.to_row, tile.hit, row, col).sum()
+        sums.add(statistic.gradient(tile.to_row, tile.hit, row, col), tile.products, r, c)
+    return (total * LN2, *sums.finished(gradient_dtype(problem.x.dtype))[:4])
 
 
 class _Sums:
     """What gradient tiles add up to."""
 
-    def __init__(self, problem: Problem, need_x: bool, need_y: bool) -> None:
-        self.problem, self.need_x, self.need_y = problem, need_x, need_y
+    def __init__(self, problem: Problem, need_x: bool, need_y: bool, need_col: bool) -> None:
+        self.problem, self.need_x, self.need_y, self.need_col = problem, need_x, need_y, need_col
         x, y, dtype = problem.x, problem.y, problem.scale.dtype
         self.dx = x.new_zeros(x.shape if need_x else (0,), dtype=dtype)
         self.dy = y.new_zeros(y.shape if need_y else (0,), dtype=dtype)
         self.d_scale, self.d_bias = problem.scale.new_zeros(()), problem.scale.new_zeros(())
+        self.d_col = problem.scale.new_zeros(y.shape[0] if need_col else 0)
 
     def add(self, g: Tensor, products: Tensor, r: slice, c: slice) -> None:
         """The tile `g` at rows `r` and columns `c`."""
@@ -94,11 +97,14 @@ class _Sums:
             self.dx[r].addmm_(g, self.problem.y[c].to(g.dtype))
         if self.need_y:
             self.dy[c].addmm_(g.T, self.problem.x[r].to(g.dtype))
+        if self.need_col:
+            self.d_col[c] += g.sum(0)
 
-    def finished(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """`dx` and `dy` in `dtype`, `sum G c`, `sum G`."""
+    def finished(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """`dx` and `dy` in `dtype`, `sum G c`, `sum G`, its column sums."""
         scale = self.problem.scale
-        return self.dx.mul_(scale).to(dtype), self.dy.mul_(scale).to(dtype), self.d_scale, self.d_bias
+        dx, dy = (d.mul_(scale).to(dtype) for d in (self.dx, self.dy))
+        return dx, dy, self.d_scale, self.d_bias, self.d_col
 
 
 def _tiles(problem: Problem) -> Iterator[tuple[slice, slice]]:
@@ -113,35 +119,76 @@ def _products(problem: Problem, r: slice, c: slice) -> Tensor:
     return problem.x[r].to(dtype) @ problem.y[c].to(dtype).T
 
 
-def _teacher(problem: Problem, r: slice, c: slice) -> Tensor | None:
-    """The teacher's scores of one tile, in bits."""
-    if problem.teacher_x is None or problem.teacher_y is None:
-        return None
-    assert problem.teacher_scale is not None
-    dtype = problem.scale.dtype
-    return (problem.teacher_x[r].to(dtype) @ problem.teacher_y[c].to(dtype).T).mul_(problem.teacher_scale / LN2)
+def _beta(problem: Problem) -> Tensor | float:
+    return 0.0 if problem.numbers is None else problem.numbers[0]
 
 
-def _scores(
-    problem: Problem, statistic: Softmax | Sigmoid, products: Tensor, r: slice, c: slice
-) -> tuple[Tensor, Tensor | None]:
-    """Scores in bits (-inf where an entry is no candidate) and the target mask of one tile."""
-    s = products * (problem.scale / LN2)
-    if problem.bias is not None:
-        s = s + problem.bias / LN2
+@dataclass(frozen=True)
+class _Tile:
+    """One tile: products (with the margin), scores in bits as rows and as columns see them, targets, second scores.
+
+    A score of -inf is no candidate. `hit` is None where there is no target; `second` is in bits.
+    """
+
+    products: Tensor
+    to_row: Tensor
+    to_col: Tensor
+    hit: Tensor | None
+    second: Tensor | None
+
+    @classmethod
+    def of(cls, p: Problem, statistic: Softmax | Hinge | Sigmoid, products: Tensor, r: slice, c: slice) -> _Tile:
+        """From the raw products at rows `r` and columns `c`."""
+        hit, out = _entries(p, statistic, products, r, c)
+        second = beside = None
+        if statistic.second:
+            assert p.teacher_x is not None and p.teacher_y is not None and p.teacher_scale is not None
+            dtype = p.scale.dtype
+            beside = p.teacher_x[r].to(dtype) @ p.teacher_y[c].to(dtype).T
+            second = beside * p.teacher_scale
+        shifted = products
+        if statistic.margin and second is not None:
+            assert p.numbers is not None
+            margin = torch.minimum(p.numbers[0], p.numbers[1] - second)
+            shifted = products + (margin if hit is None else margin.masked_fill(hit, 0.0))
+        s = shifted * (p.scale / LN2)
+        if p.bias is not None:
+            s = s + p.bias / LN2
+        if p.col_bias is not None:
+            s = s + p.col_bias[c] / LN2
+        if out is not None:
+            s = s.masked_fill(out, -torch.inf)
+        to_row = to_col = s
+        for limited, position in ((statistic.limit, 0), (statistic.guide, 1)):
+            if limited and p.row_limit is not None and p.col_limit is not None:
+                measured = beside if position else products
+                assert measured is not None
+                row, col = p.row_limit[position, r, None], p.col_limit[position, None, c]
+                to_row, to_col = (
+                    _without(s, measured > limit, hit) for s, limit in ((to_row, row), (to_col, col))
+                )
+        return cls(shifted, to_row, to_col, hit, None if second is None else second / LN2)
+
+
+def _without(s: Tensor, out: Tensor, hit: Tensor | None) -> Tensor:
+    return s.masked_fill(out if hit is None else out & ~hit, -torch.inf)
+
+
+def _entries(
+    problem: Problem, statistic: Softmax | Hinge | Sigmoid, products: Tensor, r: slice, c: slice
+) -> tuple[Tensor | None, Tensor | None]:
+    """Which entries of one tile are targets, and which are no candidates; None for none."""
     has_ids = problem.row_id is not None and problem.col_id is not None
-    diagonal = problem.target is None and (r.stop <= c.start or c.stop <= r.start)
-    if diagonal and not has_ids:
-        return s, None  # off the diagonal
-    cols = torch.arange(c.start, c.stop, device=s.device)
-    target = torch.arange(r.start, r.stop, device=s.device) if problem.target is None else problem.target[r]
-    hit = target[:, None] == cols[None, :]
-    if problem.row_id is not None and problem.col_id is not None:
-        row, col = problem.row_id[r][:, None], problem.col_id[c][None, :]
-        out = (row == -1) | (col == -1)
-        if statistic.positive_ids:
-            hit = (hit | (row == col)) & ~out
-        else:
-            out = out | ((row == col) & ~hit)
-        s = s.masked_fill(out, -torch.inf)
-    return s, hit
+    off_diagonal = problem.target is None and (r.stop <= c.start or c.stop <= r.start)
+    if off_diagonal and not has_ids:
+        return None, None
+    cols = torch.arange(c.start, c.stop, device=products.device)
+    rows = torch.arange(r.start, r.stop, device=products.device) if problem.target is None else problem.target[r]
+    hit = rows[:, None] == cols[None, :]
+    if problem.row_id is None or problem.col_id is None:
+        return hit, None
+    row, col = problem.row_id[r][:, None], problem.col_id[c][None, :]
+    out = (row == -1) | (col == -1)
+    if statistic.positive_ids:
+        return (hit | (row == col)) & ~out, out
+    return hit, out | ((row == col) & ~hit)

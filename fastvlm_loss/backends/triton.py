@@ -77,7 +77,7 @@ def unavailable() -> str:
 AUTO = not _INTERPRETED  # which is there for tests
 
 
-def refuses(problem: Problem, statistic: Softmax | Sigmoid) -> str:
+def refuses(problem: Problem, statistic: Softmax | Hinge | Sigmoid) -> str:
     """What this backend wants instead of a problem like this, or an empty string."""
     device = problem.x.device
     if not HAS_TRITON:
@@ -226,7 +226,7 @@ class _Call:
     pull: Any
 
     @classmethod
-    def of(cls, kernel: str, p: Problem, statistic: Softmax | Sigmoid) -> _Call:
+    def of(cls, kernel: str, p: Problem, statistic: Softmax | Hinge | Sigmoid) -> _Call:
         """Tile, operands and options, from the problem and the GPU at hand."""
         arch, processors = device()
         ids = p.row_id is not None and p.col_id is not None

@@ -11,53 +11,75 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..scores.problem import FIELDS
+from ..scores.problem import FIELDS, Problem
 from ..scores.statistics import decode
 from . import ops
 
 __all__ = ["Statistics", "Total"]
 
-ROW_FACTOR, COL_FACTOR = 7, 8
+X, Y, SCALE, BIAS, ROW_FACTOR, COL_FACTOR, COL_BIAS = 0, 1, 2, 3, 7, 8, 12
+TEACHER = slice(9, 12)
 
 
 class Statistics(torch.autograd.Function):
-    """`(*problem, targets [L], backend, epilogue, flags) -> vectors [L]`."""
+    """`(*problem, targets [L], backend, epilogue, flags) -> (*vectors [L], state [fields, L])`.
+
+    The state has no gradient; it is there for what it tells besides.
+    """
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
         """Run the statistics op; its state and small products are for backward."""
         problem, (targets, backend, epilogue, flags) = arguments[:FIELDS], arguments[FIELDS:]
         # a batch whose products are one small tile keeps it for backward: 6 N^2 D operations instead of 8
-        small = problem[0].shape[0] * problem[1].shape[0] <= ops.KEPT_PRODUCTS[backend]
+        small = problem[X].shape[0] * problem[Y].shape[0] <= ops.KEPT_PRODUCTS[backend]
         keep = small and any(ctx.needs_input_grad[:3])
         nll, gap, state, products = ops.STATISTICS[backend](*problem, targets, epilogue, flags, keep)
         ctx.save_for_backward(*problem, targets, state, products)
+        ctx.mark_non_differentiable(state)
+        ctx.set_materialize_grads(False)
         ctx.statistic = backend, epilogue, flags
-        return (nll, gap) if decode(epilogue, flags).gap else (nll,)
+        return (nll, gap, state) if decode(epilogue, flags).gap else (nll, state)
 
     @staticmethod
-    def backward(ctx: Any, d_nll: Tensor, d_gap: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        """Gradients of x, y, scale, bias and factors; what needs none costs none."""
+    def backward(ctx: Any, d_nll: Tensor | None, *more: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Gradients of features, scale, biases, factors and the teacher; what needs none costs none."""
         saved = ctx.saved_tensors  # once: checkpointing unpacks on access
         problem, (targets, state, products) = saved[:FIELDS], saved[FIELDS:]
         needs = ctx.needs_input_grad
         backend, epilogue, flags = ctx.statistic
         statistic = decode(epilogue, flags)
-        cotangents = [d_nll.contiguous(), None if d_gap is None else d_gap.contiguous()]
+        wanted = [d_nll, more[0]] if statistic.gap else [d_nll]
+        given = [state.new_zeros(state.shape[1:]) if c is None else c.contiguous() for c in wanted]
+        cotangents = given + [None] * (2 - len(given))
         found: list[Tensor | None] = [None] * FIELDS
-        if any(needs[:3]) or (needs[3] and not statistic.shift_invariant):
-            found[:4] = ops.GRADIENT[backend](
-                *problem, targets, state, products, *cotangents, epilogue, flags, *needs[:3]
+        if any(needs[:3]) or needs[COL_BIAS] or (needs[BIAS] and not statistic.shift_invariant):
+            *found[:4], found[COL_BIAS] = ops.GRADIENT[backend](
+                *problem, targets, state, products, *cotangents, epilogue, flags, *needs[:3], needs[COL_BIAS]
             )
-        if needs[3] and statistic.shift_invariant:
-            found[3] = torch.zeros_like(problem[2])
+        if needs[BIAS] and statistic.shift_invariant:
+            found[BIAS] = torch.zeros_like(problem[SCALE])
+        if any(needs[TEACHER]):
+            found[TEACHER] = _teacher(problem, targets, state, cotangents, backend, statistic, needs[TEACHER])
         if statistic.factor and (needs[ROW_FACTOR] or needs[COL_FACTOR]):
-            given = tuple(c for c in cotangents if c is not None)
-            rows, cols = statistic.lengths(problem[0].shape[0], problem[1].shape[0])
-            factors = statistic.factor_gradient(state, targets, given)
+            rows, cols = statistic.lengths(problem[X].shape[0], problem[Y].shape[0])
+            factors = statistic.factor_gradient(state, targets, tuple(given))
             found[ROW_FACTOR] = factors[:rows] if rows else torch.zeros_like(problem[ROW_FACTOR])
             found[COL_FACTOR] = factors[rows:] if cols else torch.zeros_like(problem[COL_FACTOR])
         return (*_once(found, problem, needs), *(None,) * 4)
+
+
+def _teacher(
+    problem: tuple[Tensor, ...], targets: Tensor | None, state: Tensor, cotangents: list[Tensor | None], backend: str,
+    statistic: Any, needs: tuple[bool, ...],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Gradients of the teacher's features and scale: those of the problem in which the two have changed places."""
+    swapped, how = Problem(*problem).swapped(), statistic.swap()
+    gradient: tuple[Tensor, ...] = ops.GRADIENT[backend](
+        *swapped.tensors(), targets, how.unbiased(state, problem[BIAS]), state.new_empty(0), *cotangents, how.name,
+        how.flags, *needs, False,
+    )  # fmt: skip
+    return gradient[:3]
 
 
 class Total(torch.autograd.Function):

@@ -21,14 +21,15 @@ __all__ = ["GRADIENT", "KEPT_PRODUCTS", "STATISTICS", "SWEEP", "no_autocast"]
 
 _PROBLEM = (
     "Tensor x, Tensor y, Tensor scale, Tensor? bias, Tensor? target, Tensor? row_id, Tensor? col_id, "
-    "Tensor? row_factor, Tensor? col_factor, Tensor? teacher_x, Tensor? teacher_y, Tensor? teacher_scale"
+    "Tensor? row_factor, Tensor? col_factor, Tensor? teacher_x, Tensor? teacher_y, Tensor? teacher_scale, "
+    "Tensor? col_bias, Tensor? row_limit, Tensor? col_limit, Tensor? numbers"
 )
 _SCHEMAS = {
     "statistics": f"({_PROBLEM}, Tensor? targets, str epilogue, int flags, bool keep)"
     " -> (Tensor nll, Tensor gap, Tensor state, Tensor products)",
     "gradient": f"({_PROBLEM}, Tensor? targets, Tensor state, Tensor products, Tensor d_nll, Tensor? d_gap,"
-    " str epilogue, int flags, bool need_x, bool need_y, bool need_scale)"
-    " -> (Tensor dx, Tensor dy, Tensor d_scale, Tensor d_bias)",
+    " str epilogue, int flags, bool need_x, bool need_y, bool need_scale, bool need_col)"
+    " -> (Tensor dx, Tensor dy, Tensor d_scale, Tensor d_bias, Tensor d_col)",
     "sweep": f"({_PROBLEM}, bool need_x, bool need_y, bool need_scale)"
     " -> (Tensor total, Tensor dx, Tensor dy, Tensor d_scale, Tensor d_bias)",
 }
@@ -72,7 +73,8 @@ def _gradient(backend: Any) -> Any:
             lengths = statistic.lengths(problem.x.shape[0], problem.y.shape[0])
             own = factors(problem, lengths) if statistic.factor else None
             unit = backend.unit(problem, cotangents)
-            operands = statistic.gradient_operands(state, targets, own, tuple(c / unit for c in cotangents))
+            beta = 0.0 if problem.numbers is None else problem.numbers[0]
+            operands = statistic.gradient_operands(state, targets, own, tuple(c / unit for c in cotangents), beta)
             return backend.gradient(problem, statistic, products, operands, unit, *needs)
 
     return gradient
@@ -96,15 +98,16 @@ def _statistics_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return scale.new_empty(length), gap, scale.new_empty((statistic.fields, length)), products
 
 
-def _gradient_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    problem, (need_x, need_y, _) = Problem(*arguments[:FIELDS]), arguments[-3:]
+def _gradient_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    problem, (need_x, need_y, _, need_col) = Problem(*arguments[:FIELDS]), arguments[-4:]
     dx = problem.x.new_empty(problem.x.shape if need_x else (0,))
     dy = problem.y.new_empty(problem.y.shape if need_y else (0,))
-    return dx, dy, problem.scale.new_empty(()), problem.scale.new_empty(())
+    scale = problem.scale
+    return dx, dy, scale.new_empty(()), scale.new_empty(()), scale.new_empty(problem.y.shape[0] if need_col else 0)
 
 
-def _sweep_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dx, dy, d_scale, d_bias = _gradient_fake(*arguments)
+def _sweep_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    dx, dy, d_scale, d_bias, _ = _gradient_fake(*arguments, False)
     dtype = gradient_dtype(dx.dtype)
     return arguments[2].new_empty(()), dx.to(dtype), dy.to(dtype), d_scale, d_bias
 

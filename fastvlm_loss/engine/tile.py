@@ -8,24 +8,28 @@ import torch
 from torch import Tensor
 
 from ..backends import dense
+from ..scores.pairs import paired_products
 from ..scores.problem import Problem
-from ..scores.statistics import Sigmoid, Softmax
+from ..scores.statistics import Hinge, Sigmoid, Softmax
 from .autograd import Statistics, Total
 from .dispatch import resolve
 from .ops import no_autocast
 
-__all__ = ["SoftmaxTile", "sigmoid", "softmax"]
+__all__ = ["SoftmaxTile", "hinge", "paired", "sigmoid", "softmax"]
+
+MOST_INDICES = 2**24  # that fp32 tells apart
 
 
 @dataclass(frozen=True)
 class SoftmaxTile:
-    """Softmax statistics, fp32 (fp64 for fp64 features): vectors `[L]` of the rows (images), then the columns (texts).
+    """Statistics, fp32 (fp64 for fp64 features): vectors `[L]` of the rows (images), then the columns (texts).
 
     Attributes:
-        nll: log-sum-exp of the candidates minus the mean score of the targets, 0 where there is no target.
+        nll: log-sum-exp of the candidates minus the mean score of the targets (positives "in": minus their
+            log-sum-exp; `hard`: of the reweighted negatives alone), 0 where there is no target. Of `hinge` the sums.
         gap: mean score of the targets minus the mean score under the uniform distribution over the candidates, or
             under the teacher's softmax where the problem has one (None unless asked).
-        targets: how many targets each has, or None where each has exactly one.
+        targets: how many targets each has, or None where each has exactly one; 0 takes it out of a mean.
         lengths: how many of the L are rows and how many columns; 0 for a direction not asked.
     """
 
@@ -33,6 +37,18 @@ class SoftmaxTile:
     gap: Tensor | None
     targets: Tensor | None
     lengths: tuple[int, int]
+    statistic: Softmax | Hinge
+    counts: Tensor | None
+    state: Tensor
+
+    @property
+    def summary(self) -> dict[str, Tensor]:
+        """By-products without gradient, each `[L]`: "lse" and "positive" in nats, or of `hinge` "active".
+
+        If asked also "hardest" (the best score of a negative), "index" (whose, int64, -1 for none), "best_target" and
+        "negatives" (their number).
+        """
+        return self.statistic.summary(self.state, self.counts)
 
     @property
     def row_nll(self) -> Tensor:
@@ -45,24 +61,59 @@ class SoftmaxTile:
         return self.nll[self.lengths[0] :]
 
 
-def softmax(problem: Problem, *, rows: bool = True, cols: bool = True, gap: bool = False) -> SoftmaxTile:
+def softmax(
+    problem: Problem, *, rows: bool = True, cols: bool = True, gap: bool = False, positives: str = "mask",
+    hard: bool = False, detached: bool = False, hardest: bool = False,
+) -> SoftmaxTile:  # fmt: skip
     """Negative log-likelihood of the targets along rows and columns, without the score matrix.
 
-    Differentiable in the features, scale, bias and factors of `problem`. A problem with a teacher always has a `gap`.
+    Differentiable in the features, scale, biases, factors and teacher of `problem`. A problem with a teacher always
+    has a `gap`.
+
+    Args:
+        rows, cols: the directions.
+        gap: whether to compute it.
+        positives: what an equal id is: "mask" no candidate, "out" and "in" a target.
+        hard: only negatives are candidates, weighted in proportion to exp(problem.numbers[0] * score).
+        detached: those weights have no gradient.
+        hardest: whether the summary has the hardest negative.
     """
-    teacher, factor = problem.teacher_x is not None, problem.row_factor is not None
-    statistic = Softmax(rows, cols, gap or teacher, teacher, factor)
-    p = problem
-    present = [t for t, wanted in zip(p.targets(), (rows, cols), strict=True) if wanted and t is not None]
+    limited = problem.row_limit is not None
+    statistic = Softmax(
+        rows=rows, cols=cols, hardest=hardest, positives=positives if problem.row_id is not None else "mask",
+        limit=limited, guide=limited and problem.second == "guide", margin=problem.second == "margin", gap=gap,
+        teacher=problem.second == "teacher", factor=problem.row_factor is not None, hardness=hard, detached=detached,
+    )  # fmt: skip
+    return _statistics(problem, statistic)
+
+
+def hinge(problem: Problem, *, rows: bool = True, cols: bool = True, hardest: bool = False) -> SoftmaxTile:
+    """Sum over the negatives of max(score - threshold, 0), with the factors of `problem` as the thresholds.
+
+    Differentiable in the features, scale, bias and thresholds.
+    """
+    limited = problem.row_limit is not None
+    guide = limited and problem.second == "guide"
+    return _statistics(problem, Hinge(rows=rows, cols=cols, hardest=hardest, limit=limited, guide=guide))
+
+
+def _statistics(p: Problem, statistic: Softmax | Hinge) -> SoftmaxTile:
+    m, n = p.x.shape[0], p.y.shape[0]
+    if statistic.hardest and max(m, n) > MOST_INDICES:
+        raise ValueError(f"image_features: got a batch of {m} x {n}, wanted at most {MOST_INDICES} for indices")
+    counts = p.positives() if statistic.positive_ids else p.targets()
+    present = [t for t, wanted in zip(counts, (statistic.rows, statistic.cols), strict=True) if wanted and t is not None]
     targets = torch.cat(present) if present else None
     backend = resolve(p, statistic)
     if backend == "dense":
         with no_autocast(p.x.device.type):
-            vectors = dense.finished(p, statistic)
+            *vectors, state = dense.finished(p, statistic)
     else:
-        vectors = Statistics.apply(*p.tensors(), targets, backend, statistic.name, statistic.flags)
-    lengths = statistic.lengths(p.x.shape[0], p.y.shape[0])
-    return SoftmaxTile(vectors[0], vectors[1] if statistic.gap else None, targets, lengths)
+        *vectors, state = Statistics.apply(*p.tensors(), targets, backend, statistic.name, statistic.flags)
+    return SoftmaxTile(
+        vectors[0], vectors[1] if statistic.gap else None, statistic.known(state, targets), statistic.lengths(m, n),
+        statistic, targets, state,
+    )  # fmt: skip
 
 
 def sigmoid(problem: Problem) -> Tensor:
@@ -76,3 +127,14 @@ def sigmoid(problem: Problem) -> Tensor:
             return dense.total(problem, Sigmoid())
     total: Tensor = Total.apply(*problem.tensors(), backend)
     return total
+
+
+def paired(problem: Problem, index: Tensor | None, columns: bool = False) -> Tensor:
+    """Scores of the pairs (row i, column index_i) `[M]`, or with `columns` (row index_j, column j) `[N]`; O(N D).
+
+    Differentiable in features, scale and bias; None pairs i with i, a negative index gives the bias alone.
+    """
+    x, y = (problem.y, problem.x) if columns else (problem.x, problem.y)
+    with no_autocast(x.device.type):
+        scores = problem.scale * paired_products(x, y, index, problem.scale.dtype)
+    return scores if problem.bias is None else scores + problem.bias

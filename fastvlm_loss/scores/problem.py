@@ -35,9 +35,15 @@ class Problem:
         row_id, col_id: int64 `[M]` and `[N]`, or None. Equal ids leave the candidates unless they are the
             target; -1 is never a candidate. (For a statistic with `positive_ids` equal ids are targets instead.)
         row_factor, col_factor: `[M]` and `[N]` or None, a factor of every row's and column's scores (softmax) or
-            losses (sigmoid), with gradient where the statistic has one.
-        teacher_x, teacher_y, teacher_scale: `[M, E]`, `[N, E]` and `[]` of a second score matrix without gradients,
-            or None.
+            losses (sigmoid), or its threshold (hinge), with gradient where the statistic has one.
+        teacher_x, teacher_y, teacher_scale: `[M, E]`, `[N, E]` and `[]` of a second score matrix, or None: the
+            teacher's (with gradient), the guide's of a filter, or the similarity that a margin follows.
+        col_bias: `[N]` or None, added to every score of a column, with gradient.
+        row_limit, col_limit: `[2, M]` and `[2, N]` or None. A negative leaves the candidates of a row (column) if its
+            product <x_i, y_j> is above the first limit or its second product above the second.
+        numbers: `[2]` or None: how hard negatives are weighted; or of a margin its most, and its size at a similarity
+            of 0, from which the second score is subtracted.
+        second: what the second score matrix is for: "teacher", "guide", "margin" or "" (travels in the flags).
     """
 
     x: Tensor
@@ -52,6 +58,11 @@ class Problem:
     teacher_x: Tensor | None = None
     teacher_y: Tensor | None = None
     teacher_scale: Tensor | None = None
+    col_bias: Tensor | None = None
+    row_limit: Tensor | None = None
+    col_limit: Tensor | None = None
+    numbers: Tensor | None = None
+    second: str = ""
 
     @classmethod
     def of(
@@ -91,7 +102,7 @@ class Problem:
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """The fields in order, as they travel through the op boundary."""
-        return tuple(vars(self).values())
+        return tuple(vars(self).values())[:FIELDS]
 
     def weighted(self, image_factors: Tensor | None, text_factors: Tensor | None) -> Problem:
         """The same with a factor for each row `[M]` and column `[N]`; ones for None."""
@@ -103,21 +114,52 @@ class Problem:
         return replace(self, row_factor=row.contiguous(), col_factor=_distinct(col.contiguous(), row))
 
     def taught(self, teacher_image_features: Tensor, teacher_text_features: Tensor, teacher_scale: Any) -> Problem:
-        """The same with a second score matrix, of features without gradients."""
-        x = _autocast(check.features("teacher_image_features", teacher_image_features))
-        y = _autocast(check.features("teacher_text_features", teacher_text_features))
-        check.alike("teacher_text_features", y, "teacher_image_features", x)
-        for name, t, own in (("teacher_image_features", x, self.x), ("teacher_text_features", y, self.y)):
-            if t.shape[0] != own.shape[0] or t.dtype != own.dtype or t.device != own.device:
+        """The same with a teacher's score matrix."""
+        names = "teacher_image_features", "teacher_text_features", "teacher_scale"
+        return self.beside(
+            "teacher", names, teacher_image_features, teacher_text_features, teacher_scale, self.x.shape[0]
+        )
+
+    def beside(self, role: str, names: tuple[str, str, str], x: Tensor, y: Tensor, scale: Any, m: int) -> Problem:
+        """The same with a second score matrix in a role; `names` of its arguments, `m` its number of rows.
+
+        Raises:
+            ValueError: there is one already, in another role.
+        """
+        if self.second:
+            raise ValueError(f"{names[0]}: got a {role} beside a {self.second}, wanted one second score matrix at most")
+        x, y = (_autocast(check.features(name, t)) for name, t in zip(names, (x, y), strict=False))
+        check.alike(names[1], y, names[0], x)
+        for name, t, rows in ((names[0], x, m), (names[1], y, self.y.shape[0])):
+            if t.shape[0] != rows or t.dtype != self.x.dtype or t.device != self.x.device:
                 raise ValueError(
                     f"{name}: got {t.dtype} {list(t.shape)} on {t.device}, "
-                    f"wanted {own.shape[0]} rows of {own.dtype} on {own.device} as the features"
+                    f"wanted {rows} rows of {self.x.dtype} on {self.x.device} as the features"
                 )
-        scale = check.scalar("teacher_scale", teacher_scale, self.x, self.scale.dtype, positive=True)
-        if x.requires_grad or y.requires_grad or scale.requires_grad:
-            raise ValueError("teacher: got tensors that require grad, wanted detached ones (a teacher has no gradient)")
+        scale = check.scalar(names[2], scale, self.x, self.scale.dtype, positive=True)
         x, y = x.contiguous(), y.contiguous()
-        return replace(self, teacher_x=x, teacher_y=_distinct(y, x), teacher_scale=scale)
+        return replace(self, teacher_x=x, teacher_y=_distinct(y, x), teacher_scale=scale, second=role)
+
+    def swapped(self) -> Problem:
+        """The teacher's problem, with this one as its teacher; a bias changes neither's softmax."""
+        assert self.teacher_x is not None and self.teacher_y is not None and self.teacher_scale is not None
+        rows, cols = (None if limit is None else limit.flip(0) for limit in (self.row_limit, self.col_limit))
+        return replace(
+            self, x=self.teacher_x, y=self.teacher_y, scale=self.teacher_scale, bias=None, teacher_x=self.x,
+            teacher_y=self.y, teacher_scale=self.scale, col_bias=None, row_limit=rows, col_limit=cols,
+        )  # fmt: skip
+
+    def positives(self) -> tuple[Tensor | None, Tensor | None]:
+        """As `targets`, where equal ids are targets too."""
+        if self.row_id is None or self.col_id is None:
+            return self.targets()
+        rows, cols = _matches(self.row_id, self.col_id), _matches(self.col_id, self.row_id)
+        n, dtype = self.y.shape[0], self.scale.dtype
+        target = torch.arange(self.x.shape[0], device=self.x.device) if self.target is None else self.target
+        if n:  # a target of another id counts once more
+            apart = (target >= 0) & (self.col_id[target.clamp(min=0)] != self.row_id)
+            rows, cols = rows + apart, cols.index_add(0, target.clamp(min=0), apart.to(cols.dtype))
+        return rows.to(dtype), cols.to(dtype)
 
     def targets(self) -> tuple[Tensor | None, Tensor | None]:
         """How many targets each row `[M]` and column `[N]` has, or None where each has exactly one."""
@@ -128,7 +170,14 @@ class Problem:
         return rows, cols.index_add(0, self.target.clamp(min=0), rows) if cols.shape[0] else cols
 
 
-FIELDS = len(fields(Problem))  # tensors that travel through the op boundary
+FIELDS = len(fields(Problem)) - 1  # tensors that travel through the op boundary
+
+
+def _matches(ids: Tensor, others: Tensor) -> Tensor:
+    """How many of the `others` equal each id; -1 equals none."""
+    ordered = others.sort().values
+    found = torch.searchsorted(ordered, ids, right=True) - torch.searchsorted(ordered, ids)
+    return found.masked_fill(ids == -1, 0)
 
 
 def _autocast(features: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ def value(s, hit, row, col, FLAGS: tl.constexpr):
 
 
 @jit
-def gradient(s, hit, teacher, row, col, FLAGS: tl.constexpr):
+def gradient(s, to_col, hit, teacher, row, col, beta, FLAGS: tl.constexpr):
     """G = d loss / d score."""
     e = tl.exp2(-tl.abs(s))
     r = 1 / (1 + e)
@@ -51,7 +51,7 @@ def shareable(row, col, FLAGS: tl.constexpr):
 @jit
 def shared_gradient(s, shift, row, col, FLAGS: tl.constexpr):
     """`gradient` of a tile without targets."""
-    return gradient(s, None, None, row, col, FLAGS)
+    return gradient(s, s, None, None, row, col, 0.0, FLAGS)
 
 
 FOLD = EXACT_FOLD = None

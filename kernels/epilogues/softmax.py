@@ -7,23 +7,32 @@ state of a set of scores is the monoid `(m, l, p)`, and the options add fields o
     FACTOR    u = sum 2^(z - m) s                               for the gradient of the factor
     GAP       t = sum s      n = count                          the uniform distribution over the candidates, or
       TEACHER t = sum 2^(v - q) s      n = sum 2^(v - q)      q = max v      the softmax of teacher scores v
+    INSIDE    m2 = max s      l2 = sum 2^(s - m2)               both over the targets alone
+    HARDNESS  m2 = max w      l2 = sum 2^(w - m2)      k = count     over the negatives alone, with w = beta s, and then
+              m and l are over the negatives too, with z = (1 + beta) s
+    HARDEST   the fields of `hardest`
 
 `partial` makes it from a tile and `merge` joins two, for tiles, chunks, threads and ranks alike. A score of -inf
 is not a candidate: it leaves every field as it is. (In a state, m may be any number near the maximum.) What the engine
 differentiates is, in nats,
 
     nll = (factor m - factor p / targets) + log l          gap = factor (p / targets - t / n)
+    nll = (m - m2) + log l - log l2                        INSIDE
+    nll = (m - m2 - p / targets) + log l - log l2 + log k  HARDNESS: the log of the reweighted negatives over the target
 
 so that label smoothing is `nll + eps * gap` and a soft target `nll + gap`. See objectives: InfoNCE, "Precision rules".
+With SWAPPED the two score matrices have changed places, and `gradient` is with respect to the teacher's scores.
 
 `shared_partial` and `shared_gradient` do the same with one exponential for both directions, about one shift for the
 whole tile, and say whether that lost nothing; where it did, the kernel falls back on the two above.
 """
 
 from ..lang import jit, tl
+from .hardest import harder, hardest, nobody
 
 ROWS, COLS, GAP = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4)
-TEACHER, FACTOR = tl.constexpr(8), tl.constexpr(16)
+TEACHER, FACTOR, HARDEST = tl.constexpr(8), tl.constexpr(16), tl.constexpr(32)
+INSIDE, HARDNESS, SWAPPED = tl.constexpr(256), tl.constexpr(512), tl.constexpr(1024)
 LOW, HIGH = (
     tl.constexpr(2.0**-40),
     tl.constexpr(2.0**100),
@@ -43,22 +52,60 @@ def _scaled(s, factor, AXIS: tl.constexpr):
 
 
 @jit
-def partial(s, hit, teacher, factor, AXIS: tl.constexpr, FLAGS: tl.constexpr):
+def _times(s, beta):
+    return tl.where(s == -float("inf"), s, s * beta)  # nor does a beta of 0
+
+
+@jit
+def _log_sum(z, AXIS: tl.constexpr):
+    m = tl.max(z, AXIS)
+    return m, tl.sum(tl.exp2(z - tl.expand_dims(_finite(m), AXIS)), AXIS)
+
+
+@jit
+def _target_sum(s, hit, like, AXIS: tl.constexpr):
+    if hit is not None:
+        p = tl.sum(tl.where(hit, s, 0.0), AXIS)
+    else:
+        p = like * 0.0
+    return p
+
+
+@jit
+def _negatives(s, hit, beta, AXIS: tl.constexpr):
+    away = s
+    if hit is not None:
+        away = tl.where(hit, -float("inf"), s)
+    m, l = _log_sum(_times(away, 1.0 + beta), AXIS)  # noqa: E741
+    m2, l2 = _log_sum(_times(away, beta), AXIS)
+    return m, l, _target_sum(s, hit, l, AXIS), m2, l2, tl.sum(tl.where(away == -float("inf"), 0.0, 1.0), AXIS)
+
+
+@jit
+def partial(s, hit, teacher, factor, index, beta, AXIS: tl.constexpr, FLAGS: tl.constexpr):
     """State of the tile `s` along `AXIS` (1: a row's columns, 0: a column's rows).
 
-    `hit` marks targets; `teacher` are teacher scores; `factor` has one number a row (or column). Each may be None.
+    `hit` marks targets; `teacher` are teacher scores; `factor` has one number a row (or column); `index` are the places
+    along the axis. Each may be None where no flag asks for it.
     """
+    if FLAGS & HARDNESS:
+        state = _negatives(s, hit, beta, AXIS)
+    else:
+        state = _candidates(s, hit, teacher, factor, AXIS, FLAGS)
+    if FLAGS & HARDEST:
+        state = state + hardest(s, hit, index, AXIS)
+    return state
+
+
+@jit
+def _candidates(s, hit, teacher, factor, AXIS: tl.constexpr, FLAGS: tl.constexpr):
     z = s
     if FLAGS & FACTOR:
         z = _scaled(s, factor, AXIS)
     m = tl.max(z, AXIS)
     e = tl.exp2(z - tl.expand_dims(_finite(m), AXIS))
     l = tl.sum(e, AXIS)  # noqa: E741
-    if hit is not None:
-        p = tl.sum(tl.where(hit, s, 0.0), AXIS)
-    else:
-        p = l * 0.0
-    state = (m, l, p)
+    state = (m, l, _target_sum(s, hit, l, AXIS))
     live = s != -float("inf")
     if FLAGS & FACTOR:
         state = state + (tl.sum(e * tl.where(live, s, 0.0), AXIS),)
@@ -69,6 +116,11 @@ def partial(s, hit, teacher, factor, AXIS: tl.constexpr, FLAGS: tl.constexpr):
         state = state + (tl.sum(w * tl.where(live, s, 0.0), AXIS), tl.sum(w, AXIS), q)
     elif FLAGS & GAP:
         state = state + (tl.sum(tl.where(live, s, 0.0), AXIS), tl.sum(tl.where(live, 1.0, 0.0), AXIS))
+    if FLAGS & INSIDE:
+        if hit is not None:
+            state = state + _log_sum(tl.where(hit, s, -float("inf")), AXIS)
+        else:
+            state = state + (tl.where(m == m, -float("inf"), m), l * 0.0)
     return state
 
 
@@ -87,6 +139,13 @@ def merge(a, b, FLAGS: tl.constexpr):
         state = state + (a[T] * va + b[T] * vb, a[T + 1] * va + b[T + 1] * vb, q)
     elif FLAGS & GAP:
         state = state + (a[T] + b[T], a[T + 1] + b[T + 1])
+    if FLAGS & (INSIDE | HARDNESS):
+        m2 = tl.maximum(a[3], b[3])
+        state = state + (m2, a[4] * tl.exp2(a[3] - _finite(m2)) + b[4] * tl.exp2(b[3] - _finite(m2)))
+    if FLAGS & HARDNESS:
+        state = state + (a[5] + b[5],)
+    if FLAGS & HARDEST:
+        state = harder(state, a, b, len(state))
     return state
 
 
@@ -122,7 +181,11 @@ def _pull(s, hit, teacher, operands, AXIS: tl.constexpr, FLAGS: tl.constexpr):
     if FLAGS & FACTOR:
         z = _scaled(s, operands[3], AXIS)
     g = tl.expand_dims(operands[1], AXIS) * tl.exp2(z - tl.expand_dims(operands[0], AXIS))
-    if hit is not None:
+    if FLAGS & INSIDE:
+        if hit is not None:
+            own = tl.expand_dims(operands[4], AXIS) * tl.exp2(s - tl.expand_dims(operands[3], AXIS))
+            g = g - tl.where(hit, own, 0.0)
+    elif hit is not None:
         g = g - tl.where(hit, tl.expand_dims(operands[2], AXIS), 0.0)
     if FLAGS & TEACHER:
         v = tl.where(s == -float("inf"), s, teacher)
@@ -133,18 +196,50 @@ def _pull(s, hit, teacher, operands, AXIS: tl.constexpr, FLAGS: tl.constexpr):
 
 
 @jit
-def gradient(s, hit, teacher, row, col, FLAGS: tl.constexpr):
+def _pull_negatives(s, hit, operands, beta, AXIS: tl.constexpr):
+    # operands: m, (1 + beta) cotangent / l, target coefficient, m2, beta cotangent / l2
+    away = s
+    if hit is not None:
+        away = tl.where(hit, -float("inf"), s)
+    g = tl.expand_dims(operands[1], AXIS) * tl.exp2(_times(away, 1.0 + beta) - tl.expand_dims(operands[0], AXIS))
+    g = g - tl.expand_dims(operands[4], AXIS) * tl.exp2(_times(away, beta) - tl.expand_dims(operands[3], AXIS))
+    if hit is not None:
+        g = g - tl.where(hit, tl.expand_dims(operands[2], AXIS), 0.0)
+    return g
+
+
+@jit
+def _pull_teacher(s, student, operands, AXIS: tl.constexpr):
+    # operands: q, cotangent / n, the student's mean score under the teacher
+    share = tl.expand_dims(operands[1], AXIS) * tl.exp2(s - tl.expand_dims(operands[0], AXIS))
+    return share * (tl.expand_dims(operands[2], AXIS) - student)
+
+
+@jit
+def _along(s, hit, teacher, operands, beta, AXIS: tl.constexpr, FLAGS: tl.constexpr):
+    if FLAGS & SWAPPED:
+        g = _pull_teacher(s, teacher, operands, AXIS)
+    elif FLAGS & HARDNESS:
+        g = _pull_negatives(s, hit, operands, beta, AXIS)
+    else:
+        g = _pull(s, hit, teacher, operands, AXIS, FLAGS)
+    return g
+
+
+@jit
+def gradient(s, to_col, hit, teacher, row, col, beta, FLAGS: tl.constexpr):
     """G = sum of cotangent * d stat / d s, the target subtracted inside the tile (before any rounding of G).
 
-    `row` and `col` are tuples of vectors: m, cotangent / l, target coefficient, and as the options ask the factor,
-    the candidate coefficient, q.
+    `s` are the scores as the rows see them and `to_col` as the columns do. `row` and `col` are tuples of vectors: m,
+    cotangent / l, target coefficient, and as the options ask the factor, the candidate coefficient, q, m2, the
+    coefficient of the targets' softmax.
     """
     if FLAGS & ROWS:
-        g = _pull(s, hit, teacher, row, 1, FLAGS)
+        g = _along(s, hit, teacher, row, beta, 1, FLAGS)
         if FLAGS & COLS:
-            g = g + _pull(s, hit, teacher, col, 0, FLAGS)
+            g = g + _along(to_col, hit, teacher, col, beta, 0, FLAGS)
     else:
-        g = _pull(s, hit, teacher, col, 0, FLAGS)
+        g = _along(to_col, hit, teacher, col, beta, 0, FLAGS)
     return g
 
 
@@ -183,6 +278,12 @@ def identity(zero, FLAGS: tl.constexpr):
         state = state + (zero, zero)
     if FLAGS & TEACHER:
         state = state + (none,)
+    if FLAGS & (INSIDE | HARDNESS):
+        state = state + (none, zero)
+    if FLAGS & HARDNESS:
+        state = state + (zero,)
+    if FLAGS & HARDEST:
+        state = state + nobody(zero)
     return state
 
 

@@ -1,0 +1,27 @@
+"""Products of given pairs, O(N D): what the scores of targets and of picked negatives are made of."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["best_of_columns", "paired_products"]
+
+
+def paired_products(x: Tensor, y: Tensor, index: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """<x_i, y_index(i)> `[M]` in `dtype`, differentiable; `index` None pairs i with i, a negative one gives 0."""
+    if index is None:
+        return (x.to(dtype) * y.to(dtype)).sum(1)
+    if not y.shape[0]:
+        return x.to(dtype).sum(1) * 0
+    products = (x.to(dtype) * y[index.clamp(min=0)].to(dtype)).sum(1)
+    return torch.where(index >= 0, products, 0.0)
+
+
+def best_of_columns(values: Tensor, target: Tensor | None, n: int, none: float) -> Tensor:
+    """For each of `n` columns the largest of the values `[M]` of the rows whose target it is, else `none`."""
+    if target is None:
+        return values
+    found = values.new_full((n,), none)
+    known = torch.where(target >= 0, values, none)
+    return found.scatter_reduce(0, target.clamp(min=0), known, "amax") if n else found
