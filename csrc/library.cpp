@@ -86,10 +86,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> softmax_statistics(const Tensor& x, c
                                                               const Optional& row_id, const Optional& col_id,
                                                               const Optional& row_factor, const Optional& col_factor,
                                                               const Optional& teacher_x, const Optional& teacher_y,
-                                                              const Optional& teacher_scale, const Optional& targets,
+                                                              const Optional& teacher_scale, const Optional& col_bias, const Optional& row_limit, const Optional& col_limit,
+    const Optional& numbers, const Optional& targets,
                                                               std::string epilogue, int64_t flags, bool keep) {
   known(epilogue);
-  none({&row_factor, &col_factor, &teacher_x, &teacher_y, &teacher_scale});
+  none({&row_factor, &col_factor, &teacher_x, &teacher_y, &teacher_scale, &col_bias, &row_limit, &col_limit, &numbers});
   auto p = problem(x, y, scale, bias, target, row_id, col_id);
   const bool gap = flags & fastvlm::kGap;
   const int64_t n = length(p, flags);
@@ -98,17 +99,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> softmax_statistics(const Tensor& x, c
   p.products = data(products);
   fastvlm::softmax_statistics(p, flags, static_cast<float*>(state.mutable_data_ptr()));
   fastvlm::softmax_finish(data(state), values("targets", targets, n), n, data(nll), data(gaps));
+  fastvlm::softmax_settle(data(state), n, gap);
   return {nll, gaps, state, products};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> softmax_gradient(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> softmax_gradient(
     const Tensor& x, const Tensor& y, const Tensor& scale, const Optional& bias, const Optional& target,
     const Optional& row_id, const Optional& col_id, const Optional& row_factor, const Optional& col_factor,
-    const Optional& teacher_x, const Optional& teacher_y, const Optional& teacher_scale, const Optional& targets,
+    const Optional& teacher_x, const Optional& teacher_y, const Optional& teacher_scale, const Optional& col_bias, const Optional& row_limit, const Optional& col_limit,
+    const Optional& numbers, const Optional& targets,
     const Tensor& state, const Tensor& products, const Tensor& d_nll, const Optional& d_gap, std::string epilogue,
-    int64_t flags, bool need_x, bool need_y, bool /*need_scale: always*/) {
+    int64_t flags, bool need_x, bool need_y, bool /*need_scale: always*/, bool /*need_col: no col_bias*/) {
   known(epilogue);
-  none({&row_factor, &col_factor, &teacher_x, &teacher_y, &teacher_scale});
+  none({&row_factor, &col_factor, &teacher_x, &teacher_y, &teacher_scale, &col_bias, &row_limit, &col_limit, &numbers});
   auto p = problem(x, y, scale, bias, target, row_id, col_id);
   const bool gap = flags & fastvlm::kGap;
   const int64_t n = length(p, flags);
@@ -125,15 +128,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> softmax_gradient(
                                                        need_y ? dy.mutable_data_ptr() : nullptr);
   *data(d_scale) = static_cast<float>(sums.gc);
   *data(d_bias) = static_cast<float>(sums.g);
-  return {dx, dy, d_scale, d_bias};
+  return {dx, dy, d_scale, d_bias, empty(scale, false, 0, 0)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sigmoid_sweep(
     const Tensor& x, const Tensor& y, const Tensor& scale, const Optional& bias, const Optional& target,
     const Optional& row_id, const Optional& col_id, const Optional& row_factor, const Optional& col_factor,
-    const Optional& teacher_x, const Optional& teacher_y, const Optional& teacher_scale, bool need_x, bool need_y,
+    const Optional& teacher_x, const Optional& teacher_y, const Optional& teacher_scale, const Optional& col_bias, const Optional& row_limit, const Optional& col_limit,
+    const Optional& numbers, bool need_x, bool need_y,
     bool need_scale) {
-  none({&teacher_x, &teacher_y, &teacher_scale});
+  none({&teacher_x, &teacher_y, &teacher_scale, &col_bias, &row_limit, &col_limit, &numbers});
   auto p = problem(x, y, scale, bias, target, row_id, col_id);
   Tensor dx = empty(x, need_x, p.m, p.d), dy = empty(y, need_y, p.n, p.d), total = torch::stable::new_empty(scale, {});
   Tensor d_scale = torch::stable::new_empty(scale, {}), d_bias = torch::stable::new_empty(scale, {});
