@@ -7,10 +7,41 @@ from pathlib import Path
 if importlib.util.find_spec(f"{__name__}.kernels") is None:
     __path__.append(str(Path(__file__).parents[1]))
 
+from . import filters
 from ._version import __version__
 from .backends.triton import set_workspace
 from .engine.dispatch import backend
-from .losses import clip_loss, siglip_loss
-from .modules import CLIPLoss, SigLIPLoss
+from .losses import (
+    BatchMetrics,
+    caption_loss,
+    clip_loss,
+    hard_negative_clip_loss,
+    linear_cross_entropy,
+    margin_clip_loss,
+    relevance_clip_loss,
+    siglip_loss,
+    soft_target_clip_loss,
+    triplet_loss,
+    vqa_loss,
+)
+from .modules import (
+    CaptionLoss,
+    CLIPLoss,
+    HardNegativeCLIPLoss,
+    LinearCrossEntropyLoss,
+    MarginCLIPLoss,
+    RelevanceCLIPLoss,
+    SigLIPLoss,
+    SoftTargetCLIPLoss,
+    TripletLoss,
+    VQALoss,
+)
+from .queue import FeatureQueue
 
-__all__ = ["CLIPLoss", "SigLIPLoss", "__version__", "backend", "clip_loss", "set_workspace", "siglip_loss"]
+__all__ = [
+    "BatchMetrics", "CLIPLoss", "CaptionLoss", "FeatureQueue", "HardNegativeCLIPLoss", "LinearCrossEntropyLoss",
+    "MarginCLIPLoss", "RelevanceCLIPLoss", "SigLIPLoss", "SoftTargetCLIPLoss", "TripletLoss", "VQALoss", "__version__",
+    "backend", "caption_loss", "clip_loss", "filters", "hard_negative_clip_loss", "linear_cross_entropy",
+    "margin_clip_loss", "relevance_clip_loss", "set_workspace", "siglip_loss", "soft_target_clip_loss", "triplet_loss",
+    "vqa_loss",
+]  # fmt: skip

@@ -7,6 +7,7 @@ assert not violations(registry["clip_loss"], Case(m=129, d=64, dtype=torch.bfloa
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .engine.dispatch import backend
-from .losses import LossSpec
+from .losses import Learned, LossSpec
 
 __all__ = ["Case", "evaluate", "inputs", "poison", "violations"]
 
@@ -53,23 +54,40 @@ class Case:
     seed: int = 0
 
 
-def inputs(case: Case) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Differentiable tensors (image_features, text_features, logit_scale, logit_bias) and keyword options of a case."""
+def inputs(spec: LossSpec, case: Case) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Differentiable tensors by the loss's own names, and its other options, for a case.
+
+    Features, `logit_scale` and `logit_bias` where the loss has them, and the options of the case that are `Learned`.
+    """
     g = torch.Generator().manual_seed(case.seed)
     device, n = torch.device(case.device), case.m if case.n is None else case.n
     text = F.normalize(torch.randn(n, case.d, generator=g, dtype=torch.float64), dim=1)
     pair = text[torch.arange(case.m) % max(n, 1)] if n else text.new_zeros(case.m, case.d)
-    image = pair + case.noise * torch.randn(case.m, case.d, generator=g, dtype=torch.float64) / case.d**0.5
+    image = F.normalize(pair + case.noise * torch.randn(case.m, case.d, generator=g, dtype=torch.float64) / case.d**0.5)
     small = torch.float64 if case.dtype == torch.float64 else torch.float32
+    scaled = spec.takes("logit_scale")
     tensors = {
-        "image_features": F.normalize(image, dim=1).to(device, case.dtype),
-        "text_features": text.to(device, case.dtype),
-        "logit_scale": torch.full(case.scale_shape, case.scale, dtype=small, device=device),
+        # without a scale of its own, a loss on logits has that of its features
+        spec.names.get("image_features", "image_features"): (image * _length(spec, case)).to(device, case.dtype),
+        spec.names.get("text_features", "text_features"): text.to(device, case.dtype),
     }
-    if case.bias is not None:
+    if scaled:
+        tensors["logit_scale"] = torch.full(case.scale_shape, case.scale, dtype=small, device=device)
+    if case.bias is not None and spec.takes("logit_bias"):
         tensors["logit_bias"] = torch.full(case.scale_shape, case.bias, dtype=small, device=device)
-    options = {k: v(case.m, n, device, g) if callable(v) else v for k, v in case.options.items()}
+    options = {}
+    for name, value in case.options.items():
+        make = value.make if isinstance(value, Learned) else value
+        wide = (case.d,) if callable(make) and len(inspect.signature(make).parameters) > 4 else ()
+        made = make(case.m, n, device, g, *wide) if callable(make) else make
+        if wide and isinstance(made, Tensor) and made.is_floating_point():
+            made = made.to(case.dtype)  # features of the loss's kind
+        (tensors if isinstance(value, Learned) else options)[name] = made
     return {k: v.requires_grad_() for k, v in tensors.items()}, options
+
+
+def _length(spec: LossSpec, case: Case) -> float:
+    return case.scale if spec.names else 1.0
 
 
 def evaluate(function: Any, tensors: Mapping[str, Tensor], options: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -90,15 +108,18 @@ def violations(spec: LossSpec, case: Case) -> list[str]:
     error of the same oracle in the statistics' dtype (fp32, or fp64 for fp64 features) plus a few units in the last
     place, of the largest score for what depends on scores, and of the output's dtype for gradients.
     """
-    tensors, options = inputs(case)
+    tensors, options = inputs(spec, case)
     with backend(case.backend):
         got = evaluate(spec.function, tensors, options)
     exact = evaluate(spec.oracle, _cast(tensors, torch.float64), _cast(options, torch.float64))
     dtype = torch.float64 if case.dtype == torch.float64 else torch.float32
     dense = evaluate(spec.oracle, _cast(tensors, dtype), _cast(options, dtype))
-    peak = case.scale + abs(case.bias or 0.0)  # features have unit norm
+    # features have unit norm; a loss without a scale has none either, unless they carry it
+    scale = case.scale if spec.names or spec.takes("logit_scale") else 1.0
+    peak = scale + abs(case.bias or 0.0)
     # the largest weight of one sample, so that what cancels exactly on paper may leave a rounding
-    unit = 1.0 if options.get("reduction", "mean") != "mean" else min(1.0, 2 / max(case.m, 1))
+    unit = 1.0 if options.get("reduction", spec.reduction) != "mean" else min(1.0, 2 / max(case.m, 1))
+    features = {spec.names.get(k, k) for k in ("image_features", "text_features")}
     found = []
     for name, value in got.items():
         reference = exact[name].double()
@@ -110,14 +131,15 @@ def violations(spec: LossSpec, case: Case) -> list[str]:
         size = reference.abs().amax().item()
         if size > torch.finfo(value.dtype).max:
             continue  # no finite value of this dtype is right
-        eps = torch.finfo(dtype).eps
+        eps, out = torch.finfo(dtype).eps, torch.finfo(value.dtype)
         if name == "loss":
             floor = ULPS * eps * (size + peak)
-        elif name in ("image_features", "text_features"):
-            out = torch.finfo(value.dtype)
-            floor = ULPS * ((eps * peak + out.eps) * size + eps * case.scale * unit + out.smallest_normal * out.eps)
+        elif name in features or value.dim() == 2:
+            floor = ULPS * ((eps * peak + out.eps) * size + eps * scale * unit + out.smallest_normal * out.eps)
+        elif value.dim() == 1 and value.numel() > 1:  # of one number a sample
+            floor = ULPS * ((eps * peak + out.eps) * size + eps * peak * unit)
         else:  # scale and bias sum over all entries: their floor is that of the loss
-            floor = ULPS * eps * (size + peak / case.scale * _weight(exact["loss"]))
+            floor = ULPS * max(eps, out.eps) * (size + peak / scale * _weight(exact["loss"]))
         error = (value.double() - reference).abs().amax().item()
         budget = 2 * (dense[name].double() - reference).abs().amax().item() + floor
         if not error <= budget:

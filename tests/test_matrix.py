@@ -1,6 +1,5 @@
 """Every registered loss x backend x dtype x size x options: value and every gradient within the error budget."""
 
-import inspect
 import itertools
 import os
 import subprocess
@@ -10,7 +9,7 @@ import pytest
 import torch
 
 from fastvlm_loss.backends import cpp
-from fastvlm_loss.losses import registry
+from fastvlm_loss.losses import parameters, registry
 from fastvlm_loss.testing import Case, poison, violations
 
 BACKENDS = {
@@ -22,7 +21,13 @@ SPECS = list(registry.values())
 
 def accepts(spec, options):
     """A loss without labels has no case that is not square."""
-    return set(options) <= set(inspect.signature(spec.function).parameters)
+    return spec.takes(*options)
+
+
+def needed(spec):
+    """What a loss cannot be called without, as its first variant gives it."""
+    required = [name for name, p in parameters(spec.function).items() if p.default is p.empty]
+    return {name: value for name, value in spec.variants[0].items() if name in required}
 
 
 def rounds_again(options, dtype):
@@ -69,8 +74,9 @@ def test_scale_and_bias(spec, backend, dtype):
     for scale, bias, shape in itertools.product((1e-3, 1.0, 100.0, 1e4), (None, 10.0), ((), (1,))):
         for noise in (0.2, 2.0):
             case = Case(
-                m=65, d=64, dtype=dtype, scale=scale, bias=bias, scale_shape=shape, noise=noise, backend=backend
-            )
+                m=65, d=64, dtype=dtype, scale=scale, bias=bias, scale_shape=shape, noise=noise, backend=backend,
+                options=needed(spec),
+            )  # fmt: skip
             found += violations(spec, case)
     assert not found
 
@@ -83,9 +89,9 @@ def test_several_macro_tiles(spec, m, n, d, backend, dtype):
     found = []
     for options in ({"labels": _labels}, {"labels": _labels, **more}):
         if accepts(spec, options):
-            found += violations(spec, Case(m, d, n, dtype=dtype, options=options, backend=backend))
-    if m == n:
-        found += violations(spec, Case(m, d, dtype=dtype, backend=backend))
+            found += violations(spec, Case(m, d, n, dtype=dtype, options={**needed(spec), **options}, backend=backend))
+    if m == n or spec.names:
+        found += violations(spec, Case(m, d, n, dtype=dtype, options=needed(spec), backend=backend))
     assert not found
 
 
@@ -129,5 +135,8 @@ def test_not_square(spec, m, n, backend, dtype):
     for extra in ({}, {"image_ids": _row_ids, "text_ids": _col_ids}, {"label_smoothing": 0.1, "directions": "text"}):
         options = {"labels": _labels, **extra}
         if accepts(spec, options):
+            options = {**needed(spec), **options}
             found += violations(spec, Case(m=m, n=n, d=24, dtype=dtype, bias=1.0, options=options, backend=backend))
+    for k, options in enumerate(spec.variants if spec.names else ()):  # whose two sides never are alike
+        found += violations(spec, Case(m=m, n=n, d=24, dtype=dtype, options=options, backend=backend, seed=k))
     assert not found

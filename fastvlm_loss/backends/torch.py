@@ -41,7 +41,7 @@ def statistics(problem: Problem, statistic: Softmax | Hinge, keep: bool = False)
     return state, kept
 
 
-def unit(problem: Problem, cotangents: tuple[Tensor, ...]) -> float:
+def unit(problem: Problem, statistic: Softmax | Hinge, cotangents: tuple[Tensor, ...]) -> float:
     """What a G of size 1 stands for: itself, as G is never rounded below the statistics' dtype."""
     return 1.0
 

@@ -72,7 +72,7 @@ def _gradient(backend: Any) -> Any:
         with no_autocast(problem.x.device.type):
             lengths = statistic.lengths(problem.x.shape[0], problem.y.shape[0])
             own = factors(problem, lengths) if statistic.factor else None
-            unit = backend.unit(problem, cotangents)
+            unit = backend.unit(problem, statistic, cotangents)
             beta = 0.0 if problem.numbers is None else problem.numbers[0]
             operands = statistic.gradient_operands(state, targets, own, tuple(c / unit for c in cotangents), beta)
             return backend.gradient(problem, statistic, products, operands, unit, *needs)

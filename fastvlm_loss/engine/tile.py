@@ -15,7 +15,7 @@ from .autograd import Statistics, Total
 from .dispatch import resolve
 from .ops import no_autocast
 
-__all__ = ["SoftmaxTile", "hinge", "paired", "sigmoid", "softmax"]
+__all__ = ["SoftmaxTile", "hinge", "paired", "positives", "sigmoid", "softmax"]
 
 MOST_INDICES = 2**24  # that fp32 tells apart
 
@@ -138,3 +138,15 @@ def paired(problem: Problem, index: Tensor | None, columns: bool = False) -> Ten
     with no_autocast(x.device.type):
         scores = problem.scale * paired_products(x, y, index, problem.scale.dtype)
     return scores if problem.bias is None else scores + problem.bias
+
+
+def positives(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Score of the target of every row `[M]` and column `[N]`, differentiable; the mean of several, 0 of none; O(N D)."""
+    rows, target = paired(problem, problem.target), problem.target
+    if target is None:
+        return rows, rows
+    known, zero = (target >= 0).to(rows.dtype), rows.new_zeros(problem.y.shape[0])
+    if not zero.shape[0]:
+        return rows, zero
+    at = target.clamp(min=0)
+    return rows, zero.index_add(0, at, rows * known) / zero.index_add(0, at, known).clamp(min=1)

@@ -1,7 +1,19 @@
 """One file a loss: equation, typed function, oracle, registration."""
 
-from ._spec import LossSpec, registry
+from ._metrics import BatchMetrics
+from ._spec import Learned, LossSpec, parameters, registry
+from .caption import caption_loss, vqa_loss
 from .clip import clip_loss
+from .hard_negative import hard_negative_clip_loss
+from .linear_ce import linear_cross_entropy
+from .margin import margin_clip_loss
+from .relevance import relevance_clip_loss
 from .siglip import siglip_loss
+from .soft_target import soft_target_clip_loss
+from .triplet import triplet_loss
 
-__all__ = ["LossSpec", "clip_loss", "registry", "siglip_loss"]
+__all__ = [
+    "BatchMetrics", "Learned", "LossSpec", "caption_loss", "clip_loss", "hard_negative_clip_loss",
+    "linear_cross_entropy", "margin_clip_loss", "parameters", "registry", "relevance_clip_loss", "siglip_loss",
+    "soft_target_clip_loss", "triplet_loss", "vqa_loss",
+]  # fmt: skip

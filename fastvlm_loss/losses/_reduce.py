@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..scores import check
 
-__all__ = ["DIRECTIONS", "REDUCTIONS", "combine", "unit_features"]
+__all__ = ["DIRECTIONS", "REDUCTIONS", "combine", "unit", "unit_features"]
 
 DIRECTIONS = ("both", "image", "text")
 REDUCTIONS = ("mean", "sum", "none")
@@ -62,14 +62,16 @@ def _reduce(losses: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
     return losses.sum() / torch.where(total == 0, 1.0, total)
 
 
-def unit_features(image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
+def unit_features(
+    image_features: Tensor, text_features: Tensor, names: tuple[str, str] = ("image_features", "text_features")
+) -> tuple[Tensor, Tensor]:
     """Both L2-normalised, differentiably."""
-    named = (("image_features", image_features), ("text_features", text_features))
-    image, text = (_unit(check.features(name, t)) for name, t in named)
+    image, text = (unit(check.features(name, t)) for name, t in zip(names, (image_features, text_features), strict=True))
     return image, text
 
 
-def _unit(features: Tensor) -> Tensor:
+def unit(features: Tensor) -> Tensor:
+    """Rows of length 1."""
     # in fp32, rounded once: the norm of a bf16 vector computed in bf16 is off by up to 1 %
     dtype = features.dtype
     return F.normalize(features.to(torch.promote_types(dtype, torch.float32)), dim=1).to(dtype)

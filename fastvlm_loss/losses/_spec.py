@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-__all__ = ["LossSpec", "register", "registry"]
+__all__ = ["Learned", "LossSpec", "parameters", "register", "registry"]
 
 Loss = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Learned:
+    """An option of a variant with a gradient: `make(M, N, device, generator)` is its tensor."""
+
+    make: Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -22,7 +31,11 @@ class LossSpec:
         oracle: the same signature on the dense score matrix, differentiable by plain autograd, any dtype.
         equation: one line, as shown in the docs.
         paper: source.
-        variants: option sets that the test matrix runs; a callable value is called with (M, N, device, generator).
+        variants: option sets that the test matrix runs, the first one also the benchmark; a callable value is called
+            with (M, N, device, generator) or, if it has a fifth parameter, also with D.
+        names: what the function calls its features, where not image_features and text_features.
+        reduction: what the function does by default.
+        cost: products of M x N x D that forward, and forward with backward, cannot do without unless scores are stored.
     """
 
     function: Loss
@@ -30,11 +43,23 @@ class LossSpec:
     equation: str
     paper: str
     variants: Sequence[Mapping[str, Any]] = field(default_factory=lambda: ({},))
+    names: Mapping[str, str] = field(default_factory=dict)
+    cost: tuple[int, int] = (1, 4)
+    reduction: str = "mean"
 
     @property
     def name(self) -> str:
         """The public function's name."""
         return self.function.__name__
+
+    @property
+    def summary(self) -> str:
+        """The first line of the function's documentation."""
+        return (self.function.__doc__ or "").strip().splitlines()[0]
+
+    def takes(self, *names: str) -> bool:
+        """Whether the function has all these parameters."""
+        return set(names) <= set(parameters(self.function))
 
 
 registry: dict[str, LossSpec] = {}
@@ -46,3 +71,15 @@ def register(spec: LossSpec) -> LossSpec:
         raise ValueError(f"register: got {spec.name!r} twice, wanted a new name")
     registry[spec.name] = spec
     return spec
+
+
+def parameters(function: Loss) -> dict[str, inspect.Parameter]:
+    """Of a loss, in order, those of its `**options` included."""
+    found = dict(inspect.signature(function).parameters)
+    several = [name for name, p in found.items() if p.kind is p.VAR_KEYWORD]
+    for name in several:
+        del found[name]
+        options = typing.get_args(typing.get_type_hints(function)[name])[0]
+        for option, kind in typing.get_type_hints(options).items():
+            found[option] = inspect.Parameter(option, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+    return found

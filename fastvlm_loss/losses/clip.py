@@ -7,19 +7,22 @@ L = ( sum_i w_i l^image_i / sum_i w_i + sum_j v_j l^text_j / sum_j v_j ) / 2
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ..engine import tile
 from ..scores import check
-from ..scores.problem import Problem
-from ._oracle import matrix, some_ids
-from ._reduce import DIRECTIONS, REDUCTIONS, combine, unit_features
-from ._spec import LossSpec, register
+from ..scores.filters import Filter, absolute
+from ._batch import Batch
+from ._metrics import BatchMetrics
+from ._oracle import entries, log_sum, matrix, mean_of, sides_of, some_ids, some_weights
+from ._spec import Learned, LossSpec, register
 
 __all__ = ["clip_loss"]
+
+POSITIVES = ("mask", "out", "in")
 
 
 def clip_loss(
@@ -29,14 +32,17 @@ def clip_loss(
     logit_bias: Tensor | float | None = None,
     *,
     labels: Tensor | None = None,
-    label_smoothing: float = 0.0,
     image_ids: Tensor | None = None,
     text_ids: Tensor | None = None,
+    positives: Literal["mask", "out", "in"] = "mask",
+    filters: Filter | Sequence[Filter] | None = None,
+    label_smoothing: float = 0.0,
     image_weights: Tensor | None = None,
     text_weights: Tensor | None = None,
     directions: Literal["both", "image", "text"] = "both",
     normalize: bool = False,
     reduction: Literal["mean", "sum", "none"] = "mean",
+    metrics: BatchMetrics | None = None,
     group: None = None,
     check_finite: bool = False,
 ) -> Tensor:
@@ -51,16 +57,21 @@ def clip_loss(
         logit_bias: added to every score; cancels in this loss (its gradient is exactly 0). Number or tensor.
         labels: int `[M]`, the text of each image, -1 for none; None pairs image i with text i (M = N). A text
             with several images takes the mean over them; one with none is dropped from the text direction.
-        label_smoothing: eps in [0, 1), mass spread evenly over the valid candidates.
-        image_ids, text_ids: int `[M]`, `[N]`. An equal id marks a false negative: the entry leaves the candidates
-            unless it is the target. -1 takes a sample out of the loss (NaN in its features still reaches the
-            gradients). One of them alone serves both, where there are no labels.
+        image_ids, text_ids: int `[M]`, `[N]`. What an equal id means, `positives` says. -1 takes a sample out of the
+            loss (NaN in its features still reaches the gradients). One of them alone serves both, where there are no
+            labels.
+        positives: of entries with equal ids: "mask", they leave the candidates unless they are the target (false
+            negatives); "out", they are targets and the loss is the mean over them (SupCon-out, UniCL); "in", they
+            are targets and the loss is that of their summed probability (MIL-NCE), never above "out".
+        filters: `fastvlm_loss.filters`, rules by which look-alikes of the target leave the candidates; several compose.
+        label_smoothing: eps in [0, 1), mass spread evenly over the valid candidates; not with positives="in".
         image_weights, text_weights: `[M]`, `[N]`, weight of each anchor in its direction's mean; a weight of 0
-            removes the anchor, not the negative. Meant to be >= 0; not checked.
+            removes the anchor, not the negative. Meant to be >= 0; not checked. Differentiable.
         directions: "both", "image" (each image chooses among the texts) or "text".
         normalize: L2-normalise the features first (differentiably).
         reduction: "mean" (weighted mean of each direction, then their mean), "sum", or "none" (`[M]`; `[N]` for
             directions="text"; both directions need M = N).
+        metrics: a `BatchMetrics` to fill with accuracies, mean scores and hardest negatives of this pass.
         group: must be None; the loss over a process group is not part of this version.
         check_finite: raise on NaN or infinity in the features, naming the row (synchronises on a GPU).
 
@@ -71,67 +82,43 @@ def clip_loss(
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape, dtype, device or range, named.
 
-    Source: Radford et al. 2021 (CLIP), figure 3; van den Oord et al. 2018 (InfoNCE), equation 4.
+    Source: Radford et al. 2021 (CLIP), figure 3; van den Oord et al. 2018 (InfoNCE), equation 4; Khosla et al. 2020
+        (SupCon), equation 2 ("out"); Miech et al. 2020 (MIL-NCE), equation 1 ("in").
     """
-    check.choice("directions", directions, DIRECTIONS)
-    check.choice("reduction", reduction, REDUCTIONS)
+    check.choice("positives", positives, POSITIVES)
     eps = check.number("label_smoothing", label_smoothing, low=0.0, below=1.0)
-    if group is not None:
-        raise ValueError(f"group: got {type(group).__name__}, wanted None (one process; gather the features yourself)")
-    if check.flag("normalize", normalize):
-        image_features, text_features = unit_features(image_features, text_features)
-    problem = Problem.of(
-        image_features, text_features, logit_scale, logit_bias,
-        labels=labels, image_ids=image_ids, text_ids=text_ids, check_finite=check_finite,
+    if eps and positives == "in":
+        raise ValueError("label_smoothing: got a number above 0 beside positives='in', wanted 'mask' or 'out'")
+    batch = Batch.of(
+        image_features, text_features, logit_scale, logit_bias, labels=labels, image_ids=image_ids, text_ids=text_ids,
+        filters=filters, image_weights=image_weights, text_weights=text_weights, directions=directions,
+        normalize=normalize, reduction=reduction, metrics=metrics, group=group, check_finite=check_finite,
     )  # fmt: skip
-    m, n = problem.x.shape[0], problem.y.shape[0]
-    if reduction == "none" and directions == "both" and m != n:
-        raise ValueError(f"reduction: got 'none' for {m} images and {n} texts, wanted one direction, or M = N")
-    dtype = problem.scale.dtype
-    weights = (
-        None if image_weights is None else check.vector("image_weights", image_weights, m, problem.x, dtype),
-        None if text_weights is None else check.vector("text_weights", text_weights, n, problem.x, dtype),
-    )
-    if check.flag("check_finite", check_finite):
-        for name, w in zip(("image_weights", "text_weights"), weights, strict=True):
-            if w is not None:
-                check.finite(name, w)
-    t = tile.softmax(problem, rows=directions != "text", cols=directions != "image", gap=eps > 0)
-    losses = t.nll if t.gap is None else t.nll + eps * t.gap
-    return combine(losses, t.targets, t.lengths, weights, reduction)
+    t = batch.softmax(gap=eps > 0, positives=positives)
+    return batch.reduce(t.nll if t.gap is None else t.nll + eps * t.gap, t)
 
 
 def _oracle(
     image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float,
-    logit_bias: Tensor | float | None = None, *, labels: Tensor | None = None, label_smoothing: float = 0.0,
-    image_ids: Tensor | None = None, text_ids: Tensor | None = None, image_weights: Tensor | None = None,
-    text_weights: Tensor | None = None, directions: str = "both", normalize: bool = False, reduction: str = "mean",
+    logit_bias: Tensor | float | None = None, *, labels: Tensor | None = None, image_ids: Tensor | None = None,
+    text_ids: Tensor | None = None, positives: str = "mask", filters: Filter | None = None,
+    label_smoothing: float = 0.0, image_weights: Tensor | None = None, text_weights: Tensor | None = None,
+    directions: str = "both", normalize: bool = False, reduction: str = "mean",
 ) -> Tensor:  # fmt: skip
     """The equation on the dense score matrix."""
-    s, y, present, same = matrix(
-        image_features, text_features, logit_scale, logit_bias, labels, image_ids, text_ids, normalize
-    )
-    v = present & (y | ~same)
-    results = []
-    for z, pos, live, w, wanted in (
-        (s, y, v, image_weights, directions != "text"),
-        (s.T, y.T, v.T, text_weights, directions != "image"),
-    ):
-        if not wanted:
-            continue
-        w = pos.any(1).to(s.dtype) * (1.0 if w is None else w)
-        live = live | ~pos.any(1, keepdim=True)  # weight 0: any finite value will do
-        pos, share = pos.to(s.dtype), live.to(s.dtype)
-        q = (1 - label_smoothing) * pos / pos.sum(1, keepdim=True).clamp(min=1)
-        q = q + label_smoothing * share / share.sum(1, keepdim=True)
-        losses = w * (z.masked_fill(~live, -torch.inf).logsumexp(1) - (q * z).sum(1))
-        mean = losses.sum() / torch.where(w.sum() == 0, 1.0, w.sum())
-        results.append({"none": losses, "sum": losses.sum(), "mean": mean}[reduction])
-    return results[0] if len(results) == 1 else (results[0] + results[1]) / 2
+    c, s = matrix(image_features, text_features, logit_scale, logit_bias, normalize)
+    pair, present, same = entries(c, labels, image_ids, text_ids)
+    y = pair if positives == "mask" else pair | same
 
+    def losses(z: Tensor, y: Tensor, live: Tensor) -> Tensor:
+        if positives == "in":
+            return log_sum(z, live) - log_sum(z, y)
+        q = (1 - label_smoothing) * y.to(z.dtype) / y.sum(1, keepdim=True).clamp(min=1)
+        q = q + label_smoothing * live.to(z.dtype) / live.sum(1, keepdim=True).clamp(min=1)
+        return log_sum(z, live) - (q * z).sum(1)
 
-def _weights(m: int, n: int, device: torch.device, g: torch.Generator) -> Tensor:
-    return torch.rand(m, generator=g).mul(2).masked_fill(torch.rand(m, generator=g) < 0.2, 0.0).to(device)
+    sides = sides_of(s, y, present & (y | ~same), c, filters)
+    return mean_of(losses, sides, (image_weights, text_weights), directions, reduction)
 
 
 SPEC = register(
@@ -144,12 +131,15 @@ SPEC = register(
             {},
             {"label_smoothing": 0.1},
             {"image_ids": some_ids},
-            {"image_ids": some_ids, "label_smoothing": 0.2, "image_weights": _weights, "text_weights": _weights},
+            {"image_ids": some_ids, "label_smoothing": 0.2, "image_weights": some_weights, "text_weights": some_weights},
             {"directions": "image"},
             {"directions": "text", "label_smoothing": 0.1},
-            {"reduction": "sum", "image_weights": _weights},
+            {"reduction": "sum", "image_weights": Learned(some_weights)},
             {"reduction": "none", "text_ids": some_ids},
             {"normalize": True},
+            {"image_ids": some_ids, "positives": "out", "label_smoothing": 0.1},
+            {"image_ids": some_ids, "positives": "in", "image_weights": some_weights},
+            {"image_ids": some_ids, "filters": absolute(0.1)},
         ),
     )
 )

@@ -15,7 +15,8 @@ from torch import Tensor
 from ..engine import tile
 from ..scores import check
 from ..scores.problem import Problem
-from ._oracle import matrix, some_ids
+from ._batch import one_process
+from ._oracle import entries, matrix, some_ids, some_weights
 from ._reduce import unit_features
 from ._spec import LossSpec, register
 
@@ -31,6 +32,8 @@ def siglip_loss(
     labels: Tensor | None = None,
     image_ids: Tensor | None = None,
     text_ids: Tensor | None = None,
+    image_weights: Tensor | None = None,
+    text_weights: Tensor | None = None,
     normalize: bool = False,
     reduction: Literal["mean", "sum"] = "mean",
     group: None = None,
@@ -48,8 +51,11 @@ def siglip_loss(
         labels: int `[M]`, the text of each image, -1 for none; None pairs image i with text i (M = N).
         image_ids, text_ids: int `[M]`, `[N]`. Equal ids are matches too, all of them; -1 takes a sample out of the
             loss, not out of the mean. One of them alone serves both, where there are no labels.
+        image_weights, text_weights: `[M]`, `[N]`, the loss of pair ij counts image_weights_i * text_weights_j times.
+            Meant to be >= 0; not checked. They must be detached.
         normalize: L2-normalise the features first (differentiably).
-        reduction: "mean" (the sum over all pairs divided by M, as published) or "sum".
+        reduction: "mean" (the sum over all pairs divided by M, as published, or by the sum of the image weights; no
+            weight at all gives 0) or "sum".
         group: must be None; the loss over a process group is not part of this version.
         check_finite: raise on NaN or infinity in the features, naming the row (synchronises on a GPU).
 
@@ -62,30 +68,46 @@ def siglip_loss(
     Source: Zhai et al. 2023 (SigLIP), equation 1.
     """
     check.choice("reduction", reduction, ("mean", "sum"))
-    if group is not None:
-        raise ValueError(f"group: got {type(group).__name__}, wanted None (one process; gather the features yourself)")
+    one_process(group)
     if check.flag("normalize", normalize):
         image_features, text_features = unit_features(image_features, text_features)
     problem = Problem.of(
         image_features, text_features, logit_scale, logit_bias,
         labels=labels, image_ids=image_ids, text_ids=text_ids, check_finite=check_finite,
     )  # fmt: skip
+    m, n, dtype = problem.x.shape[0], problem.y.shape[0], problem.scale.dtype
+    given = {"image_weights": (image_weights, m), "text_weights": (text_weights, n)}
+    weights = {k: None if w is None else check.vector(k, w, size, problem.x, dtype) for k, (w, size) in given.items()}
+    for name, w in weights.items():
+        if w is not None and w.requires_grad:
+            raise ValueError(f"{name}: got a tensor that requires grad, wanted a detached one")
+        if w is not None and check_finite:
+            check.finite(name, w)
+    if image_weights is not None or text_weights is not None:
+        problem = problem.weighted(*weights.values())
     total = tile.sigmoid(problem)
-    return total / max(problem.x.shape[0], 1) if reduction == "mean" else total
+    if reduction == "sum":
+        return total
+    if problem.row_factor is None or image_weights is None:
+        return total / max(m, 1)
+    weight = problem.row_factor.sum()
+    return total / torch.where(weight == 0, 1.0, weight)
 
 
 def _oracle(
     image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float,
     logit_bias: Tensor | float | None = None, *, labels: Tensor | None = None, image_ids: Tensor | None = None,
-    text_ids: Tensor | None = None, normalize: bool = False, reduction: str = "mean",
+    text_ids: Tensor | None = None, image_weights: Tensor | None = None, text_weights: Tensor | None = None,
+    normalize: bool = False, reduction: str = "mean",
 ) -> Tensor:  # fmt: skip
     """The equation on the dense score matrix."""
-    s, y, present, same = matrix(
-        image_features, text_features, logit_scale, logit_bias, labels, image_ids, text_ids, normalize
-    )
+    c, s = matrix(image_features, text_features, logit_scale, logit_bias, normalize)
+    y, present, same = entries(c, labels, image_ids, text_ids)
+    w = s.new_ones(s.shape[0]) if image_weights is None else image_weights
+    v = s.new_ones(s.shape[1]) if text_weights is None else text_weights
     # not softplus, which is linear beyond 20
-    total = -torch.where(present, F.logsigmoid(torch.where(y | same, s, -s)), 0.0).sum()
-    return total / max(s.shape[0], 1) if reduction == "mean" else total
+    losses = -torch.where(present, F.logsigmoid(torch.where(y | same, s, -s)), 0.0) * w[:, None] * v
+    return losses.sum() / torch.where(w.sum() == 0, 1.0, w.sum()) if reduction == "mean" else losses.sum()
 
 
 SPEC = register(
@@ -94,6 +116,13 @@ SPEC = register(
         oracle=_oracle,
         equation="1/M Σ_ij softplus((1 − 2 y_ij) s_ij)",
         paper="Zhai et al. 2023, equation 1",
-        variants=({}, {"image_ids": some_ids}, {"reduction": "sum"}, {"text_ids": some_ids, "normalize": True}),
+        variants=(
+            {},
+            {"image_ids": some_ids},
+            {"reduction": "sum", "image_weights": some_weights},
+            {"text_ids": some_ids, "image_weights": some_weights, "text_weights": some_weights},
+            {"text_ids": some_ids, "normalize": True},
+        ),
+        cost=(1, 3),
     )
 )

@@ -9,7 +9,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
-__all__ = ["alike", "choice", "features", "finite", "flag", "integers", "number", "scalar", "vector"]
+__all__ = [
+    "alike", "choice", "features", "finite", "flag", "floating", "integers", "number", "scalar", "shaped", "tokens",
+    "vector", "whole", "whole_numbers",
+]  # fmt: skip
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)  # all of which int64 holds
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -80,6 +83,15 @@ def number(
     return float(value)
 
 
+def whole(name: str, value: object, low: int | None = None) -> int:
+    """An int, optionally `>= low`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: got {_got(value)}, wanted an int")
+    if low is not None and value < low:
+        raise ValueError(f"{name}: got {value}, wanted at least {low}")
+    return value
+
+
 def flag(name: str, value: object) -> bool:
     """A bool and nothing that merely counts as one."""
     if not isinstance(value, bool):
@@ -106,6 +118,34 @@ def integers(name: str, value: object, length: int, like: Tensor) -> Tensor:
     if not isinstance(value, Tensor) or value.dtype not in INTEGERS:
         raise TypeError(f"{name}: got {_got(value)}, wanted an integer tensor of shape [{length}]")
     return _sized(name, value, length, like).to(torch.int64).contiguous()
+
+
+def tokens(name: str, value: object) -> Tensor:
+    """Floating `[..., H]` features of tokens as `[n, H]`."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.dim() == 0:
+        raise TypeError(f"{name}: got {_got(value)}, wanted a floating tensor of shape [..., H]")
+    return features(name, value.flatten(0, -2) if value.dim() > 2 else value)
+
+
+def shaped(name: str, value: object, shape: torch.Size) -> Tensor:
+    """A tensor of this shape, flattened."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {_got(value)}, wanted a tensor of shape {list(shape)}")
+    if value.shape != shape:
+        raise ValueError(f"{name}: got {_got(value)}, wanted shape {list(shape)}")
+    return value.reshape(-1)
+
+
+def whole_numbers(name: str, value: object, shape: torch.Size) -> Tensor:
+    """An integer tensor of this shape as int64."""
+    flat = shaped(name, value, shape)
+    return integers(name, flat, flat.shape[0], flat).reshape(shape)
+
+
+def floating(name: str, value: object, shape: torch.Size) -> Tensor:
+    """A floating tensor of this shape."""
+    flat = shaped(name, value, shape)
+    return vector(name, flat, flat.shape[0], flat).reshape(shape)
 
 
 def _sized(name: str, value: Tensor, length: int, like: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
@@ -76,15 +77,16 @@ class Problem:
         image_ids: Tensor | None = None,
         text_ids: Tensor | None = None,
         check_finite: bool = False,
+        names: tuple[str, str, str] = ("image_features", "text_features", "labels"),
     ) -> Problem:
-        """Check the public arguments and bring them to the engine's form."""
-        x = _autocast(check.features("image_features", image_features))
-        y = _autocast(check.features("text_features", text_features))
-        check.alike("text_features", y, "image_features", x)
+        """Check the public arguments, by the `names` they have there, and bring them to the engine's form."""
+        x = _autocast(check.features(names[0], image_features))
+        y = _autocast(check.features(names[1], text_features))
+        check.alike(names[1], y, names[0], x)
         dtype = statistics_dtype(x.dtype)
         scale = check.scalar("logit_scale", logit_scale, x, dtype, positive=True)
         bias = None if logit_bias is None else check.scalar("logit_bias", logit_bias, x, dtype)
-        target = _target(labels, x, y, check_finite)
+        target = _target(names[2], labels, x, y, check_finite)
         if labels is not None and (image_ids is None) != (text_ids is None):
             missing = "image_ids" if image_ids is None else "text_ids"
             raise ValueError(f"{missing}: got None beside labels, wanted ids of both images and texts")
@@ -92,8 +94,8 @@ class Problem:
         if row_id is not None and col_id is not None:
             target = _without_invalid(target, row_id, col_id)
         if check_finite:
-            check.finite("image_features", x)
-            check.finite("text_features", y)
+            check.finite(names[0], x)
+            check.finite(names[1], y)
             check.finite("logit_scale", scale)
             if bias is not None:
                 check.finite("logit_bias", bias)
@@ -112,6 +114,18 @@ class Problem:
             for name, v, length in (("image_factors", image_factors, m), ("text_factors", text_factors, n))
         )
         return replace(self, row_factor=row.contiguous(), col_factor=_distinct(col.contiguous(), row))
+
+    def tempered_rows(self, factors: Tensor) -> Problem:
+        """The problem of the scores factors_i * s_ij, for rows and columns alike; 16-bit features become fp32.
+
+        Scale and bias go into the features, <(factor scale x, factor bias), (y, 1)>, and get their gradients there.
+        """
+        dtype = self.scale.dtype
+        x, y = factors[:, None] * (self.scale * self.x.to(dtype)), self.y.to(dtype)
+        if self.bias is not None:
+            x = torch.cat([x, (factors * self.bias)[:, None]], 1)
+            y = F.pad(y, (0, 1), value=1.0)
+        return replace(self, x=x.contiguous(), y=_distinct(y.contiguous(), x), scale=torch.ones_like(self.scale), bias=None)
 
     def taught(self, teacher_image_features: Tensor, teacher_text_features: Tensor, teacher_scale: Any) -> Problem:
         """The same with a teacher's score matrix."""
@@ -188,26 +202,27 @@ def _autocast(features: Tensor) -> Tensor:
     return features
 
 
-def _target(labels: Tensor | None, x: Tensor, y: Tensor, check_values: bool) -> Tensor | None:
+def _target(name: str, labels: Tensor | None, x: Tensor, y: Tensor, check_values: bool) -> Tensor | None:
     m, n = x.shape[0], y.shape[0]
     if labels is None:
         if m != n:
             raise ValueError(
-                f"labels: got None for {m} image and {n} text features, wanted the text of each image [{m}]"
+                f"{name}: got None for {m} image and {n} text features, wanted the text of each image [{m}]"
             )
         return None
-    target = check.integers("labels", labels, m, x)
+    target = check.integers(name, labels, m, x)
     inside = ((target >= -1) & (target < n)).all() if m else None
-    wanted = f"wanted text indices in [0, {n}), or -1 for an image without text"
+    of = "text indices" if name == "labels" else "indices"
+    wanted = f"wanted {of} in [0, {n}), or {'-1 for an image without text' if name == 'labels' else 'the one to ignore'}"
     if inside is None:
         return target
     if torch.compiler.is_compiling() or (target.is_cuda and not check_values):
-        torch._assert_async(inside, f"labels: out of range, {wanted}")  # no synchronisation
+        torch._assert_async(inside, f"{name}: out of range, {wanted}")  # no synchronisation
     elif x.device.type == "meta" or is_fake(inside):
         pass  # no values to check
     elif not bool(inside):
         bad = int(((target < -1) | (target >= n)).int().argmax())
-        raise ValueError(f"labels: got {int(target[bad])} at index {bad}, {wanted}")
+        raise ValueError(f"{name}: got {int(target[bad])} at index {bad}, {wanted}")
     return target
 
 

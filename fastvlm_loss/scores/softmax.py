@@ -148,7 +148,9 @@ class Softmax(Statistic):
         """By-products of a state `[L]` in nats: log-sum-exp, mean score of the targets, and those of `hardest`."""
         m, l, positive = self._positive(state, targets)  # noqa: E741
         found = {"positive": positive * LN2}
-        if not self.hardness:  # whose sums are others
+        if self.hardness:  # whose sums are others
+            found["negatives"] = state[5]
+        else:
             found["lse"] = (m + l.log2()) * LN2
         return {**found, **self.hardest_of(state)} if self.hardest else found
 

@@ -1,0 +1,106 @@
+"""What the softmax losses share: their common options, checked once, and the way from statistics to the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from torch import Tensor
+from typing_extensions import TypedDict
+
+from ..engine import tile
+from ..engine.tile import SoftmaxTile
+from ..scores import check
+from ..scores.filters import Filter, filtered
+from ..scores.problem import Problem
+from ._metrics import BatchMetrics
+from ._reduce import DIRECTIONS, REDUCTIONS, combine, unit_features
+
+__all__ = ["Batch", "Options", "one_process"]
+
+
+class Options(TypedDict, total=False):
+    """Options that every softmax loss has, as `clip_loss` documents them."""
+
+    labels: Tensor | None
+    image_ids: Tensor | None
+    text_ids: Tensor | None
+    filters: Filter | Sequence[Filter] | None
+    image_weights: Tensor | None
+    text_weights: Tensor | None
+    directions: Literal["both", "image", "text"]
+    normalize: bool
+    reduction: Literal["mean", "sum", "none"]
+    metrics: BatchMetrics | None
+    group: None
+    check_finite: bool
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A problem with the weights of its anchors and what is to be made of their losses."""
+
+    problem: Problem
+    weights: tuple[Tensor | None, Tensor | None]
+    directions: str
+    reduction: str
+    metrics: BatchMetrics | None
+    filters: bool
+
+    @classmethod
+    def of(
+        cls, image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None, *, labels: Tensor | None = None, image_ids: Tensor | None = None,
+        text_ids: Tensor | None = None, filters: Filter | Sequence[Filter] | None = None,
+        image_weights: Tensor | None = None, text_weights: Tensor | None = None, directions: str = "both",
+        normalize: bool = False, reduction: str = "mean", metrics: BatchMetrics | None = None, group: object = None,
+        check_finite: bool = False,
+    ) -> Batch:  # fmt: skip
+        """Check the public arguments."""
+        check.choice("directions", directions, DIRECTIONS)
+        check.choice("reduction", reduction, REDUCTIONS)
+        one_process(group)
+        if metrics is not None and not isinstance(metrics, BatchMetrics):
+            raise TypeError(f"metrics: got {type(metrics).__name__}, wanted a fastvlm_loss.BatchMetrics to fill")
+        if check.flag("normalize", normalize):
+            image_features, text_features = unit_features(image_features, text_features)
+        problem = Problem.of(
+            image_features, text_features, logit_scale, logit_bias,
+            labels=labels, image_ids=image_ids, text_ids=text_ids, check_finite=check_finite,
+        )  # fmt: skip
+        m, n = problem.x.shape[0], problem.y.shape[0]
+        if reduction == "none" and directions == "both" and m != n:
+            raise ValueError(f"reduction: got 'none' for {m} images and {n} texts, wanted one direction, or M = N")
+        dtype = problem.scale.dtype
+        weights = (
+            None if image_weights is None else check.vector("image_weights", image_weights, m, problem.x, dtype),
+            None if text_weights is None else check.vector("text_weights", text_weights, n, problem.x, dtype),
+        )
+        if check.flag("check_finite", check_finite):
+            for name, w in zip(("image_weights", "text_weights"), weights, strict=True):
+                if w is not None:
+                    check.finite(name, w)
+        return cls(filtered(problem, filters), weights, directions, reduction, metrics, filters is not None)
+
+    def but(self, **changes: Any) -> Batch:
+        """The same with other fields."""
+        return replace(self, **changes)
+
+    def softmax(self, **options: Any) -> SoftmaxTile:
+        """`tile.softmax` in the directions asked for, by-products delivered."""
+        rows, cols = self.directions != "text", self.directions != "image"
+        t = tile.softmax(self.problem, rows=rows, cols=cols, hardest=self.metrics is not None, **options)
+        if self.metrics is not None:
+            self.metrics.fill(t, self.problem.x.shape[0], self.problem.y.shape[0], self.filters)
+        return t
+
+    def reduce(self, losses: Tensor, t: SoftmaxTile) -> Tensor:
+        """The loss of per-sample losses `[L]`."""
+        return combine(losses, t.targets, t.lengths, self.weights, self.reduction)
+
+
+def one_process(group: object) -> None:
+    """Raise unless `group` is None."""
+    if group is not None:
+        raise ValueError(f"group: got {type(group).__name__}, wanted None (one process; gather the features yourself)")

@@ -1,0 +1,191 @@
+"""Linear projection to a vocabulary and cross-entropy in one, without the n x V logits.
+
+z_tv = <hidden_t, weight_v> + bias_v
+l_t = LSE_v z_tv - (1 - eps) z_t,y - eps mean_v z_tv
+      or with a teacher u_tv = <teacher_hidden_t, teacher_weight_v>:  LSE_v z_tv - (1 - a) z_t,y - a sum_v softmax(u)_tv z_tv
+L = sum_t w_t l_t / sum_t w_t over the targets that are not ignored
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..engine import tile
+from ..scores import check
+from ..scores.problem import Problem
+from ._batch import one_process
+from ._reduce import REDUCTIONS
+from ._spec import Learned, LossSpec, register
+
+__all__ = ["linear_cross_entropy"]
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    token_weights: Tensor | None = None,
+    teacher_hidden: Tensor | None = None,
+    teacher_weight: Tensor | None = None,
+    alpha: float = 0.4,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    normalizer: Tensor | float | None = None,
+    group: None = None,
+) -> Tensor:
+    """Cross-entropy of a vocabulary head: masked language modelling, captions, answers.
+
+    On a CPU ignored tokens cost nothing. On a GPU they cost as much as others, because counting them would wait for it:
+    gather the tokens that count first where most do not (masked language modelling).
+
+    Args:
+        hidden: `[..., H]`, fp64, fp32, bf16 or fp16; under autocast cast to its dtype, as a matmul's operands are.
+        weight: `[V, H]`, same dtype and device.
+        targets: int `[...]` as `hidden`, in [0, V) or `ignore_index`.
+        bias: `[V]` or None, floating.
+        ignore_index: target that does not count.
+        label_smoothing: eps in [0, 1), spread evenly over the vocabulary; not beside a teacher.
+        token_weights: floating `[...]`, weight of each token in the mean. Meant to be >= 0; not checked. Differentiable.
+        teacher_hidden, teacher_weight: `[..., E]`, `[V, E]` of a (momentum) teacher whose softmax is a part of the target.
+            No gradient. Only together.
+        alpha: in [0, 1], that part.
+        reduction: "mean" (weighted, over the tokens that count; 0 without any), "sum" or "none" (`[...]`, 0 for ignored).
+        normalizer: of "mean", what the sum is divided by instead: the tokens of all accumulation steps, for instance.
+        group: must be None; the loss over a process group is not part of this version.
+
+    Returns:
+        fp32 (fp64 for fp64 features) scalar, or `[...]`. Differentiable in hidden, weight, bias and token weights.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, shape, dtype, device or range, named.
+
+    Source: Devlin et al. 2019 (BERT), section 3.1; Wijmans et al. 2024 (Cut Cross-Entropy), section 4; Li et al. 2021
+        (ALBEF), equation 7 (teacher).
+    """
+    eps = check.number("label_smoothing", label_smoothing, low=0.0, below=1.0)
+    share = check.number("alpha", alpha, low=0.0, most=1.0)
+    check.choice("reduction", reduction, REDUCTIONS)
+    one_process(group)
+    if (teacher_hidden is None) != (teacher_weight is None):
+        missing = "teacher_hidden" if teacher_hidden is None else "teacher_weight"
+        raise ValueError(f"{missing}: got None, wanted both teacher_hidden and teacher_weight or neither")
+    if eps and teacher_hidden is not None:
+        raise ValueError("label_smoothing: got a number above 0 beside a teacher, wanted 0")
+    if normalizer is not None and reduction != "mean":
+        raise ValueError(f"normalizer: got a value beside reduction={reduction!r}, wanted reduction='mean'")
+    rows = check.tokens("hidden", hidden)
+    shape, x = hidden.shape[:-1], rows
+    target = check.integers("targets", check.shaped("targets", targets, shape), x.shape[0], x)
+    counts = target != ignore_index
+    w = None if token_weights is None else check.shaped("token_weights", token_weights, shape)
+    w = None if w is None else check.vector("token_weights", w, x.shape[0], x, torch.promote_types(x.dtype, torch.float32))
+    teacher = None if teacher_hidden is None else check.tokens("teacher_hidden", teacher_hidden.detach())
+    if teacher is not None and teacher.shape[0] != x.shape[0]:
+        raise ValueError(f"teacher_hidden: got {teacher.shape[0]} tokens, wanted {x.shape[0]} as in hidden")
+    kept = None
+    if x.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(counts.all()):
+        kept = counts.nonzero()[:, 0]
+        x, target, w, teacher = (None if t is None else t[kept] for t in (x, target, w, teacher))
+    assert x is not None and target is not None
+    problem = Problem.of(
+        x, weight, 1.0, labels=_labels(target, ignore_index), names=("hidden", "weight", "targets")
+    )  # fmt: skip
+    dtype = problem.scale.dtype
+    if bias is not None:
+        problem = replace(problem, col_bias=check.vector("bias", bias, weight.shape[0], problem.x, dtype).contiguous())
+    if teacher is not None and teacher_weight is not None:
+        names = "teacher_hidden", "teacher_weight", "teacher_scale"
+        problem = problem.beside("teacher", names, teacher, teacher_weight.detach(), 1.0, x.shape[0])
+    t = tile.softmax(problem, cols=False, gap=eps > 0)
+    losses = t.nll if t.gap is None else t.nll + (eps if teacher is None else share) * t.gap
+    if reduction == "none":
+        losses = losses if w is None else losses * w.to(dtype)
+        return (losses if kept is None else losses.new_zeros(len(rows)).index_put((kept,), losses)).reshape(shape)
+    weights = (problem.target >= 0).to(dtype) if problem.target is not None else torch.ones_like(losses)
+    weights = weights if w is None else weights * w.to(dtype)
+    total = (losses * weights).sum()
+    if reduction == "sum":
+        return total
+    if normalizer is not None:
+        return total / check.scalar("normalizer", normalizer, problem.x, dtype, positive=True)
+    count = weights.sum()
+    return total / torch.where(count == 0, 1.0, count)
+
+
+def _labels(target: Tensor, ignore_index: int) -> Tensor:
+    # -1 is the engine's own way to say "none"; a user's -1 is out of range unless it is the one to ignore
+    ignored = target == ignore_index
+    return torch.where(target == -1, -2, target).masked_fill(ignored, -1)
+
+
+def _oracle(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, *, ignore_index: int = -100,
+    label_smoothing: float = 0.0, token_weights: Tensor | None = None, teacher_hidden: Tensor | None = None,
+    teacher_weight: Tensor | None = None, alpha: float = 0.4, reduction: str = "mean",
+) -> Tensor:  # fmt: skip
+    """The equation on the dense logits."""
+    shape, targets = targets.shape, targets.flatten()
+    z = hidden.flatten(0, -2) @ weight.T + (0.0 if bias is None else bias)
+    counts = targets != ignore_index
+    y = F.one_hot(targets.masked_fill(~counts, 0), z.shape[1]).to(z.dtype)
+    q = (1 - label_smoothing) * y + label_smoothing / z.shape[1]
+    if teacher_hidden is not None and teacher_weight is not None:
+        u = teacher_hidden.detach().flatten(0, -2) @ teacher_weight.detach().T
+        q = (1 - alpha) * y + alpha * u.softmax(1)
+    w = counts.to(z.dtype) * (1.0 if token_weights is None else token_weights.flatten())
+    each = w * (z.logsumexp(1) - (q * z).sum(1))
+    if reduction == "none":
+        return each.reshape(shape)
+    return each.sum() / (torch.where(w.sum() == 0, 1.0, w.sum()) if reduction == "mean" else 1.0)
+
+
+def _targets(m: int, n: int, device: torch.device, g: torch.Generator) -> Tensor:
+    targets = torch.randint(0, n, (m,), generator=g)
+    return targets.masked_fill(torch.rand(m, generator=g) < 0.2, -100).to(device)
+
+
+def _all_targets(m: int, n: int, device: torch.device, g: torch.Generator) -> Tensor:
+    return torch.randint(0, n, (m,), generator=g).to(device)
+
+
+def _bias(m: int, n: int, device: torch.device, g: torch.Generator) -> Tensor:
+    return torch.randn(n, generator=g).to(device)
+
+
+def _weights(m: int, n: int, device: torch.device, g: torch.Generator) -> Tensor:
+    return torch.rand(m, generator=g).to(device)
+
+
+def _teacher(m: int, n: int, device: torch.device, g: torch.Generator, d: int) -> Tensor:
+    return torch.randn(m, max(d // 2, 1), generator=g, dtype=torch.float64).to(device)
+
+
+def _teacher_weight(m: int, n: int, device: torch.device, g: torch.Generator, d: int) -> Tensor:
+    return _teacher(n, n, device, g, d) / max(d // 2, 1) ** 0.5
+
+
+SPEC = register(
+    LossSpec(
+        function=linear_cross_entropy,
+        oracle=_oracle,
+        equation="mean_t [LSE_v z_tv − z_t,y], z = hidden weightᵀ + bias",
+        paper="Devlin et al. 2019 (BERT); Wijmans et al. 2024 (Cut Cross-Entropy)",
+        variants=(
+            {"targets": _all_targets},
+            {"targets": _targets, "bias": Learned(_bias)},
+            {"targets": _targets, "bias": Learned(_bias), "label_smoothing": 0.1, "token_weights": Learned(_weights)},
+            {"targets": _targets, "teacher_hidden": _teacher, "teacher_weight": _teacher_weight},
+            {"targets": _targets, "bias": Learned(_bias), "reduction": "none"},
+            {"targets": _all_targets, "reduction": "sum", "label_smoothing": 0.2},
+        ),
+        names={"image_features": "hidden", "text_features": "weight"},
+    )
+)

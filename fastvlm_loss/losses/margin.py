@@ -1,0 +1,140 @@
+"""Language-guided margin: negatives that mean something else must stay further away.
+
+R_jk = cos(t_j, t_k) of frozen text embeddings, row i standing at its own text
+s_ij = logit_scale (<image_i, text_j> + mu_ij) + logit_bias      mu_ij = min(m, m (1 - R_ij) / (1 - a)), 0 for the target
+L as of clip_loss
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from typing_extensions import Unpack
+
+from ..scores import check
+from ._batch import Batch, Options
+from ._oracle import entries, log_sum, matrix, mean_of, sides_of, some_ids, some_weights
+from ._reduce import unit
+from ._spec import LossSpec, register
+
+__all__ = ["margin_clip_loss"]
+
+SAMPLE = 1024  # texts whose similarities stand for those of all
+QUANTILE = 0.7
+
+
+def margin_clip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None = None,
+    *,
+    text_embeddings: Tensor,
+    margin: float = 0.2,
+    threshold: float | None = None,
+    label_smoothing: float = 0.0,
+    **options: Unpack[Options],
+) -> Tensor:
+    """InfoNCE with a margin that shrinks as the negative's text comes close to the positive's (LG).
+
+    Likely false negatives (R near 1) are repelled as if there were no margin; nothing is attracted.
+
+    Args:
+        image_features, text_features, logit_scale, logit_bias: as of `clip_loss`.
+        text_embeddings: `[N, E]` of a frozen text encoder, L2-normalised as the features are; their dtype and device.
+            No gradient.
+        margin: m >= 0, in units of the cosine.
+        threshold: a, the similarity from which on the margin shrinks; at 1 or above it never does. None takes the 70th
+            percentile of R, over up to 1024 evenly spaced texts.
+        label_smoothing: as of `clip_loss`.
+        **options: labels, image_ids, text_ids, filters, image_weights, text_weights, directions, normalize, reduction,
+            metrics, group, check_finite as of `clip_loss`; filters without features of their own.
+
+    Returns:
+        fp32 scalar (fp64 for fp64 features), or per-sample losses for reduction="none". Differentiable in features,
+        scale and weights; the scale multiplies the margin too, and its gradient says so.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, shape, dtype, device or range, named.
+
+    Source: Zhang et al. 2023 (LG, IEEE TMM 25), whose code sums the directions where this averages them.
+    """
+    m = check.number("margin", margin, low=0.0)
+    a = None if threshold is None else check.number("threshold", threshold)
+    eps = check.number("label_smoothing", label_smoothing, low=0.0, below=1.0)
+    batch = Batch.of(image_features, text_features, logit_scale, logit_bias, **options)
+    p = batch.problem
+    with torch.no_grad():
+        texts = check.features("text_embeddings", text_embeddings).detach()
+        texts = unit(texts) if options.get("normalize") else texts
+        own = texts
+        if p.target is not None and texts.shape[0]:  # each image stands at its text
+            own = texts[p.target.clamp(0, texts.shape[0] - 1)]
+        quantile = _quantile(texts, p.scale.dtype) if a is None else torch.full_like(p.scale, a)
+        # m (1 - R) / (1 - a) = at_zero - slope R
+        slope = torch.where(quantile < 1, m / torch.where(quantile < 1, 1 - quantile, 1.0), 0.0)
+        numbers = torch.stack([torch.full_like(slope, m), torch.where(quantile < 1, slope, m)])
+    names = "text_embeddings", "text_embeddings", "threshold"
+    problem = p.beside("margin", names, own, texts, slope, p.x.shape[0])
+    batch = batch.but(problem=replace(problem, numbers=numbers))
+    t = batch.softmax(gap=eps > 0)
+    return batch.reduce(t.nll if t.gap is None else t.nll + eps * t.gap, t)
+
+
+def _quantile(texts: Tensor, dtype: torch.dtype) -> Tensor:
+    n = texts.shape[0]
+    if not n:
+        return texts.new_zeros((), dtype=dtype)
+    some = texts[torch.linspace(0, n - 1, min(n, SAMPLE), device=texts.device).round().long()].to(dtype)
+    similarity = (some @ some.T).flatten()
+    return similarity.kthvalue(max(int(QUANTILE * len(similarity)), 1)).values
+
+
+def _oracle(
+    image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None = None, *, text_embeddings: Tensor, margin: float = 0.2,
+    threshold: float = 0.5, label_smoothing: float = 0.0, labels: Tensor | None = None,
+    image_ids: Tensor | None = None, text_ids: Tensor | None = None, image_weights: Tensor | None = None,
+    directions: str = "both",
+) -> Tensor:  # fmt: skip
+    """The equation on the dense score matrix."""
+    c, s = matrix(image_features, text_features, logit_scale, logit_bias)
+    y, present, same = entries(c, labels, image_ids, text_ids)
+    t = text_embeddings.detach()
+    r = (t if labels is None else t[labels.clamp(min=0)]) @ t.T
+    mu = (margin * (1 - r) / (1 - threshold)).clamp(max=margin) if threshold < 1 else torch.full_like(r, margin)
+    pair, *_ = entries(c, labels, None, None)
+    s = s + logit_scale * mu * ~pair
+
+    def losses(z: Tensor, y: Tensor, live: Tensor) -> Tensor:
+        q = (1 - label_smoothing) * y.to(z.dtype) / y.sum(1, keepdim=True).clamp(min=1)
+        q = q + label_smoothing * live.to(z.dtype) / live.sum(1, keepdim=True).clamp(min=1)
+        return log_sum(z, live) - (q * z).sum(1)
+
+    return mean_of(losses, sides_of(s, y, present & (y | ~same)), (image_weights, None), directions)
+
+
+def _embeddings(m: int, n: int, device: torch.device, g: torch.Generator, d: int) -> Tensor:
+    embeddings: Tensor = F.normalize(torch.randn(n, max(d // 2, 2), generator=g, dtype=torch.float64) + 0.5, dim=1)
+    return embeddings.to(device)
+
+
+SPEC = register(
+    LossSpec(
+        function=margin_clip_loss,
+        oracle=_oracle,
+        equation="clip_loss with s_ij = α (c_ij + min(m, m (1 − R_ij) / (1 − a))) for j ≠ i",
+        paper="Zhang et al. 2023 (LG, IEEE TMM)",
+        variants=(
+            {"text_embeddings": _embeddings, "threshold": 0.5},
+            {"text_embeddings": _embeddings, "threshold": 1.0, "image_ids": some_ids},
+            {"text_embeddings": _embeddings, "threshold": 0.2, "label_smoothing": 0.1, "directions": "image"},
+            {"text_embeddings": _embeddings, "threshold": 0.8, "margin": 0.5, "image_weights": some_weights,
+             "image_ids": some_ids},
+        ),
+        cost=(1.5, 5),
+    )
+)  # fmt: skip

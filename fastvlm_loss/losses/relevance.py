@@ -1,0 +1,191 @@
+"""Relevance-weighted InfoNCE: each pair has a relevance r >= 0, as a weight of its loss or a factor of its scores.
+
+r <- clamp(r / mean(r), 1/4, 4)
+mode "weight"                   L as of clip_loss with the weights w_i = r_i of the images and v_j = r_j of the texts
+mode "logit", scope "anchor"    row i of the image direction has the scores r_i s_ij, column j of the other r_j s_ij
+              scope "row"       r_i s_ij, image direction alone: the literal form
+              scope "shared"    r_i s_ij in both directions: images compete at different temperatures
+relevance_grad adds             regularizer * mean (log r)^2
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from ..scores import check
+from ._batch import Batch, Options
+from ._oracle import entries, log_sum, matrix, mean_of, sides_of, some_ids
+from ._spec import Learned, LossSpec, register
+
+__all__ = ["relevance_clip_loss"]
+
+LOW, HIGH = 0.25, 4.0
+
+
+def relevance_clip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None = None,
+    *,
+    image_relevance: Tensor,
+    text_relevance: Tensor | None = None,
+    mode: Literal["weight", "logit"] = "weight",
+    scope: Literal["anchor", "row", "shared"] = "anchor",
+    raw: bool = False,
+    relevance_grad: bool = False,
+    regularizer: float = 0.1,
+    label_smoothing: float = 0.0,
+    **options: Unpack[Options],
+) -> Tensor:
+    """InfoNCE in which some pairs matter more than others.
+
+    `mode="weight"` is what "more relevant is more important" asks for: r weighs each anchor's loss. `mode="logit"`
+    is no weight but an inverse temperature of each row: r = 0 gives log N and no gradient, a negative r repels; with
+    `scope="row"` it is the literal form of the reference document (image direction alone).
+
+    Args:
+        image_features, text_features, logit_scale, logit_bias: as of `clip_loss`.
+        image_relevance: `[M]`, >= 0. Divided by its mean and clamped to [1/4, 4] unless `raw`; what is negative or not
+            finite counts as 0 (with `check_finite` not finite is an error); a mean of 0 makes all 1, with a warning.
+        text_relevance: `[N]`, likewise; None takes that of the images (M = N). Not with scope "row" or "shared".
+        mode: "weight" or "logit".
+        scope: of mode "logit". With "shared" 16-bit features are multiplied in fp32, which is slower.
+        raw: take the relevance as it is.
+        relevance_grad: whether the relevance has a gradient. A trained relevance is degenerate (descent raises it where
+            the task is easy), so this needs the clamp (not `raw`) and adds the regularizer.
+        regularizer: >= 0.1, the weight of mean (log r)^2.
+        label_smoothing: as of `clip_loss`.
+        **options: labels, image_ids, text_ids, filters, image_weights, text_weights, directions, normalize, reduction,
+            metrics, group, check_finite as of `clip_loss`. Weights multiply the relevance in mode "weight".
+
+    Returns:
+        fp32 scalar (fp64 for fp64 features), or per-sample losses for reduction="none". Differentiable in features,
+        scale, bias, weights and, if asked, relevance. The bias cancels, but not with scope "shared".
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, shape, dtype, device or range, or a combination without
+            meaning, named.
+
+    Source: the relevance-weighted objective of this project's reference document; specification sections 3a to 3c.
+    """
+    check.choice("mode", mode, ("weight", "logit"))
+    check.choice("scope", scope, ("anchor", "row", "shared"))
+    check.number("regularizer", regularizer, low=0.1)
+    eps = check.number("label_smoothing", label_smoothing, low=0.0, below=1.0)
+    learned, raw = check.flag("relevance_grad", relevance_grad), check.flag("raw", raw)
+    _refuse(mode, scope, text_relevance, learned, raw, options)
+    batch = Batch.of(image_features, text_features, logit_scale, logit_bias, **options)
+    m, n, dtype = batch.problem.x.shape[0], batch.problem.y.shape[0], batch.problem.scale.dtype
+    if text_relevance is None and m != n and scope == "anchor":
+        raise ValueError(f"text_relevance: got None for {m} images and {n} texts, wanted shape [{n}]")
+    given = [("image_relevance", image_relevance, m)]
+    given += [] if text_relevance is None else [("text_relevance", text_relevance, n)]
+    found = [check.vector(name, r, size, batch.problem.x, dtype) for name, r, size in given]
+    if options.get("check_finite"):
+        for (name, *_), r in zip(given, found, strict=True):
+            check.finite(name, r)
+    found = [r if learned else r.detach() for r in found]
+    found = found if raw else [_normalised(name, r) for (name, *_), r in zip(given, found, strict=True)]
+    rows, cols = found[0], found[-1]
+    if mode == "weight":
+        own = tuple(r if w is None else r * w for r, w in zip((rows, cols), batch.weights, strict=True))
+        batch = batch.but(weights=own)
+    elif scope == "shared":
+        batch = batch.but(problem=batch.problem.tempered_rows(rows))
+    elif scope == "row":
+        batch = batch.but(problem=batch.problem.weighted(rows, None), directions="image")
+    else:
+        batch = batch.but(problem=batch.problem.weighted(rows, cols))
+    t = batch.softmax(gap=eps > 0)
+    loss = batch.reduce(t.nll if t.gap is None else t.nll + eps * t.gap, t)
+    if learned:
+        loss = loss + regularizer * torch.stack([r.log().square().sum() / max(r.shape[0], 1) for r in found]).mean()
+    return loss
+
+
+def _refuse(
+    mode: str, scope: str, text_relevance: Tensor | None, learned: bool, raw: bool, options: Options
+) -> None:
+    """Combinations without meaning."""
+    if mode == "weight" and scope != "anchor":
+        raise ValueError(f"scope: got {scope!r} beside mode='weight', wanted mode='logit'")
+    if scope != "anchor" and text_relevance is not None:
+        raise ValueError(f"text_relevance: got a value beside scope={scope!r}, wanted None or scope='anchor'")
+    if scope == "row" and options.get("directions", "both") == "text":
+        raise ValueError("directions: got 'text' beside scope='row', wanted 'image' or 'both'")
+    if scope == "row" and options.get("text_weights") is not None:
+        raise ValueError("text_weights: got a value beside scope='row', which has no text direction, wanted None")
+    if learned and raw:
+        raise ValueError("raw: got True beside relevance_grad=True, wanted False: a trained relevance needs the clamp")
+    if learned and options.get("reduction") == "none":
+        raise ValueError("reduction: got 'none' beside relevance_grad=True, wanted 'mean' or 'sum'")
+
+
+def _normalised(name: str, r: Tensor) -> Tensor:
+    r = torch.where((r >= 0) & (r < torch.inf), r, 0.0)
+    mean = r.sum() / max(r.shape[0], 1)
+    if r.numel() and not torch.compiler.is_compiling() and r.device.type == "cpu" and float(mean.detach()) == 0:
+        warnings.warn(f"{name}: got no positive value, all count as 1", stacklevel=3)
+    r = torch.where(mean > 0, r / torch.where(mean > 0, mean, 1.0), 1.0)
+    return r.clamp(LOW, HIGH)
+
+
+def _oracle(
+    image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None = None, *, image_relevance: Tensor, text_relevance: Tensor | None = None,
+    mode: str = "weight", scope: str = "anchor", raw: bool = False, relevance_grad: bool = False,
+    regularizer: float = 0.1, label_smoothing: float = 0.0, image_ids: Tensor | None = None,
+    labels: Tensor | None = None, text_ids: Tensor | None = None, directions: str = "both",
+) -> Tensor:  # fmt: skip
+    """The equation on the dense score matrix."""
+    c, s = matrix(image_features, text_features, logit_scale, logit_bias)
+    y, present, same = entries(c, labels, image_ids, text_ids)
+    both = [image_relevance, image_relevance if text_relevance is None else text_relevance]
+    r, k = both if raw else (torch.clamp(v / v.mean(), 0.25, 4.0) for v in both)
+
+    def losses(z: Tensor, y: Tensor, live: Tensor) -> Tensor:
+        q = (1 - label_smoothing) * y.to(z.dtype) / y.sum(1, keepdim=True).clamp(min=1)
+        q = q + label_smoothing * live.to(z.dtype) / live.sum(1, keepdim=True).clamp(min=1)
+        return log_sum(z, live) - (q * z).sum(1)
+
+    row, col = sides_of(s, y, present & (y | ~same))
+    weights: Any = (None, None)
+    if mode == "weight":
+        weights = (r, k)
+    else:
+        shared = scope == "shared"
+        row = (r[:, None] * row[0], *row[1:])
+        col = ((r[None] if shared else k[:, None]) * col[0], *col[1:])
+    loss = mean_of(losses, (row, col), weights, "image" if scope == "row" else directions)
+    if relevance_grad:
+        loss = loss + regularizer * (r.log().square().mean() + k.log().square().mean()) / 2
+    return loss
+
+
+def _relevance(m: int, n: int, device: torch.device, g: torch.Generator) -> Tensor:
+    return torch.rand(m, generator=g).add(0.05).to(device)
+
+
+SPEC = register(
+    LossSpec(
+        function=relevance_clip_loss,
+        oracle=_oracle,
+        equation="½ Σ_i r_i ℓ_i / Σ r + ½ Σ_j r_j ℓ_j / Σ r, or ℓ of the scores r_i s_ij",
+        paper="specification 3a to 3c",
+        variants=(
+            {"image_relevance": _relevance},
+            {"image_relevance": Learned(_relevance), "relevance_grad": True, "image_ids": some_ids},
+            {"image_relevance": _relevance, "mode": "logit"},
+            {"image_relevance": Learned(_relevance), "text_relevance": Learned(_relevance), "mode": "logit",
+             "relevance_grad": True, "label_smoothing": 0.1},
+            {"image_relevance": _relevance, "mode": "logit", "scope": "row", "raw": True},
+            {"image_relevance": _relevance, "mode": "logit", "scope": "shared", "image_ids": some_ids},
+        ),
+    )
+)  # fmt: skip
