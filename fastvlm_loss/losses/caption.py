@@ -1,7 +1,7 @@
 """Captioning and visual question answering, on `linear_cross_entropy`: what is shifted, ignored and divided by what.
 
-caption   L = sum over the tokens that count of l_t / their number                    target of position t is token t + 1
-answers   L = 1/B sum over the answers k of their weight w_k times sum_t l_kt            (sum over tokens, B images)
+caption   L = sum over the tokens that count of l_t / their number         target of position t is token t + 1
+answers   L = 1/B sum over the answers k of their weight w_k times sum_t l_kt        (sum over tokens, B images)
 """
 
 from __future__ import annotations
@@ -35,6 +35,9 @@ def caption_loss(
     group: None = None,
 ) -> Tensor:
     """Next-token loss of captions: the hidden state at position t predicts token t + 1.
+
+    Use it for a text decoder (CoCa, BLIP, a language model behind a projector): it shifts, and leaves out padding and
+    prompt, which `linear_cross_entropy` leaves to the caller.
 
     Args:
         hidden: `[..., T, H]` of the decoder, one state a token, the beginning of the sequence included.
@@ -82,14 +85,17 @@ def vqa_loss(
 ) -> Tensor:
     """Generative question answering: the answers of all images one after another, each with its weight.
 
+    Use it where an image has several weighted answers (VQAv2). One image with one answer of weight 1 gives
+    `caption_loss` summed over its tokens.
+
     Tokens are summed and images averaged, so that a long answer counts more than a short one, as published. An image
     without an answer in the vocabulary contributes 0 and still counts among the images.
 
     Args:
         hidden: `[A, T, H]` (one answer: `[T, H]`) of the answer decoder; `weight`: `[V, H]`; `bias`: `[V]` or None.
         tokens: int `[A, T]`, as of `caption_loss`.
-        answer_weights: floating `[A]` (one answer: `[]`), the share of the annotators who gave it; Visual Genome's single
-            answers take 0.5 (ALBEF), 0.2 (BLIP) or 1 (LAVIS).
+        answer_weights: floating `[A]` (one answer: `[]`), the share of the annotators who gave it; Visual Genome's
+            single answers take 0.5 (ALBEF), 0.2 (BLIP) or 1 (LAVIS).
         images: B >= 1, what the sum is divided by.
         pad_id, prompt_lengths, shift, ignore_index, label_smoothing, group: as of `caption_loss`.
 

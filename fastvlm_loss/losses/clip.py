@@ -48,12 +48,16 @@ def clip_loss(
 ) -> Tensor:
     """Contrastive loss of CLIP (InfoNCE in both directions) without the M x N score matrix.
 
+    Use it as the default for two towers trained on pairs. Give ids where an image or a caption occurs more than once in
+    a batch, `positives` where all of those should match, filters where false negatives have no id.
+
     Args:
         image_features: `[M, D]`, fp64, fp32, bf16 or fp16; L2-normalised by the caller, or `normalize=True`.
             Under autocast they are cast to its dtype, as a matmul's operands are.
         text_features: `[N, D]`, same dtype and device.
-        logit_scale: multiplicative inverse temperature alpha > 0 (`exp` of CLIP's parameter), a number or a tensor
-            of shape `[]` or `[1]`, differentiable.
+        logit_scale: multiplicative inverse temperature alpha = 1/tau > 0 (`exp` of CLIP's parameter, 1/0.07 to begin
+            with), a number or a tensor of shape `[]` or `[1]`, differentiable. The reference document multiplies
+            cosines by tau itself, an error that is not reproduced.
         logit_bias: added to every score; cancels in this loss (its gradient is exactly 0). Number or tensor.
         labels: int `[M]`, the text of each image, -1 for none; None pairs image i with text i (M = N). A text
             with several images takes the mean over them; one with none is dropped from the text direction.

@@ -1,7 +1,7 @@
 """Hardness-weighted negatives: HN-NCE, HCL and the debiased loss.
 
 w_ij = n_i exp(beta s_ij) / sum_{k negative} exp(beta s_ik)          n_i negatives of row i
-N_i = sum_{j negative} w_ij exp(s_ij);  debiased N_i <- max((N_i - tau n_i exp(s_ii)) / (1 - tau), n_i exp(-scale + bias))
+N_i = sum_{j negative} w_ij exp(s_ij);  debiased: max((N_i - tau n_i exp(s_ii)) / (1 - tau), n_i exp(-scale + bias))
 l^image_i = log(alpha_pos exp(s_ii) + N_i) - s_ii      l^text_j likewise over the images; the mean of both
 """
 
@@ -37,12 +37,16 @@ def hard_negative_clip_loss(
 ) -> Tensor:
     """InfoNCE in which harder negatives weigh more, in one sweep forward and one backward.
 
+    Use it where most negatives are easy and `clip_loss` learns little from them. False negatives are hard ones too:
+    where there are many give ids, filters or `tau_plus`. Start with a small `beta`: its effect grows with the scale.
+
     Args:
         image_features, text_features, logit_scale, logit_bias: as of `clip_loss`.
         beta: >= 0, a negative weighs in proportion to exp(beta * score); 0 with alpha_pos = 1 is `clip_loss`.
         alpha_pos: >= 0, weight of the positive among the candidates; 0 leaves it out (HCL's decoupled form).
         tau_plus: in [0, 1), the chance that a negative is a false one, whose part is subtracted (debiased; HCL).
-        detach_weights: no gradient through the weights. With it (as published) easy negatives are pulled in a little.
+        detach_weights: no gradient through the weights. False, as published, lets it through: easy negatives are then
+            pulled in a little.
         **options: labels, image_ids, text_ids, filters, image_weights, text_weights, directions, normalize, reduction,
             metrics, group, check_finite as of `clip_loss`. A sample without a negative is dropped.
 
@@ -54,7 +58,8 @@ def hard_negative_clip_loss(
         TypeError, ValueError: an argument of the wrong kind, shape, dtype, device or range, named.
 
     Source: Radenovic et al. 2023 (DiHT), equations 2 and 3; Robinson et al. 2021 (HCL), equation 4; Chuang et al. 2020
-        (debiased), equation 8. Averages the directions and shifts every exponential, as some copies do not.
+        (debiased), equation 8. A widely copied implementation divides row i by the sum of row j, sums the directions
+        and shifts no exponential; here each row has its own sum, the directions are averaged and nothing overflows.
     """
     beta = check.number("beta", beta, low=0.0)
     alpha = check.number("alpha_pos", alpha_pos, low=0.0)

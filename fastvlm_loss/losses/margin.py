@@ -1,7 +1,7 @@
 """Language-guided margin: negatives that mean something else must stay further away.
 
 R_jk = cos(t_j, t_k) of frozen text embeddings, row i standing at its own text
-s_ij = logit_scale (<image_i, text_j> + mu_ij) + logit_bias      mu_ij = min(m, m (1 - R_ij) / (1 - a)), 0 for the target
+s_ij = logit_scale (<image_i, text_j> + mu_ij) + logit_bias    mu_ij = min(m, m (1 - R_ij) / (1 - a)), 0 for the target
 L as of clip_loss
 """
 
@@ -40,7 +40,8 @@ def margin_clip_loss(
 ) -> Tensor:
     """InfoNCE with a margin that shrinks as the negative's text comes close to the positive's (LG).
 
-    Likely false negatives (R near 1) are repelled as if there were no margin; nothing is attracted.
+    Use it where a frozen text encoder knows which captions mean nearly the same: what means something else must stay
+    further away, and likely false negatives (R near 1) are repelled as if there were no margin. Nothing is attracted.
 
     Args:
         image_features, text_features, logit_scale, logit_bias: as of `clip_loss`.

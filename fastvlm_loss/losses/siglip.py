@@ -41,6 +41,9 @@ def siglip_loss(
 ) -> Tensor:
     """Sigmoid loss of SigLIP without the M x N score matrix, value and gradients from one sweep over the scores.
 
+    Use it where pairs are to be judged one by one: the gradient of a score depends on no other pair of the batch, an
+    image may have several matches or none, and the bias carries how rare matches are.
+
     Args:
         image_features: `[M, D]`, fp64, fp32, bf16 or fp16; L2-normalised by the caller, or `normalize=True`.
             Under autocast they are cast to its dtype, as a matmul's operands are.

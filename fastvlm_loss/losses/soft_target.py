@@ -34,6 +34,9 @@ def soft_target_clip_loss(
 ) -> Tensor:
     """InfoNCE whose targets are a teacher's beliefs, given as factors and never as a matrix.
 
+    Use it to distil a larger model or a momentum copy, or where a batch holds many half-matches that one-hot targets
+    would repel.
+
     alpha = 1 with a teacher's own scale is the distillation term of open_clip's DistillClipLoss; alpha = 0.4 (ramped up
     from 0) with momentum features and the student's scale is the momentum distillation of ALBEF and BLIP; any pairwise
     relevance that is a product of features serves as well. Costs 1 + E/D times `clip_loss`.

@@ -39,6 +39,14 @@ def triplet_loss(
 ) -> Tensor:
     """Hinges of a margin between each positive and its negatives, without the M x N matrix.
 
+    Use it for retrieval when fine-tuning or in small batches: negatives beyond the margin have no gradient at all, and
+    there is no temperature. "sum" counts every violation, "max" the worst alone, "selective" the worst, or all of them
+    where the worst would have a vanishing gradient.
+
+    The reference document blames the vanishing gradient on easy negatives; in the paper it is training on the hardest
+    alone, where they score like the positive, and this is the paper's rule. Nor is the hardest negative the second of a
+    top-k, as there: it is the first among the negatives, wherever the positive ranks.
+
     Args:
         image_features: `[M, D]`, `text_features`: `[N, D]`; L2-normalised by the caller, or `normalize=True`.
         margin: m, in units of the cosine.
