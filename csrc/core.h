@@ -2,9 +2,13 @@
 #pragma once
 #include <cstdint>
 
+#include "flags.h"
+
 namespace fastvlm {
 
 enum class Type : int { f32, bf16 };
+
+constexpr int kTileCols = 384;  // the widest tile
 
 // Products of packed panels. A packed operand of `rows` x `k` is ceil(rows / width) panels; a panel holds, for every
 // step of k (for bf16: every pair of steps), `width` values side by side, zero-padded. Left operands have width mr,
@@ -20,38 +24,51 @@ struct Products {
                    int64_t rows, int64_t cols, bool accumulate);
 };
 
-// One tile of raw products, what turns it into scores, and which entries are targets or no candidates.
+// One tile of raw products, what turns it into scores, and which entries are targets or no candidates. What has one
+// number a row is indexed by the tile's row; what has one a column is `padded` long.
 struct Tile {
-  float* products;            // [rows, ld]; columns up to `padded` (a multiple of nr) may be read and written
+  float* products;      // [rows, ld]; columns up to `padded` (a multiple of nr) may be read and written
+  const float* second;  // [rows, ld], products of the second pair of features, or null
   int64_t ld, rows, cols, padded;
-  float scale, bias;
-  const int64_t* target;      // of each row, counted from the tile's first column; may lie outside
-  const int64_t* row_id;      // null: every entry is a candidate
-  const int64_t* col_id;
+  int64_t flags;
+  int64_t first_row, first_col;  // the tile's place in the score matrix
+  float scale;                   // of the unit of the scores: bits, or nats for the sigmoid
+  const float* shift;            // likewise, of each column: the biases
+  float second_scale;            // in nats
+  float numbers[2];              // as of the Problem in scores/problem.py
+  const int64_t* target;         // of each row, counted from the tile's first column; may lie outside
+  const int32_t* dead;           // all ones where a column is nobody's candidate, or padding
+  const int64_t* row_id;         // null: there are no ids
+  const int32_t *col_id_low, *col_id_high;
+  const float *row_limit[2], *col_limit[2];  // null without kLimit and kGuide
+  const float *row_factor, *col_factor;      // null without kFactor
 };
-
-enum Flags : int64_t { kRows = 1, kCols = 2, kGap = 4 };
-constexpr int kMaxFields = 5;  // m, l, p, t, n
 
 struct Sums {
   double gc = 0, g = 0, loss = 0;  // of G times the raw product, of G, and of a loss that is a sum over entries
 };
 
-// The softmax epilogue: same names and meaning as kernels/epilogues/softmax.py.
-struct Softmax {
-  // State of the tile along both axes: row[f][i], col[f][j]; col vectors are `padded` long. Scores replace products.
-  void (*partial)(const Tile& t, int64_t flags, float* const* row, float* const* col);
+constexpr int kMaxFields = 11, kMaxOperands = 6;
+
+// A statistic of rows and columns: fields and operands as in kernels/epilogues. Vectors of the columns are `padded`
+// long, and those of a direction that is not asked are not touched.
+struct Epilogue {
+  int fields, operands;
+  // The state of no scores at all, a number a field.
+  void (*identity)(float* state);
+  // State of the tile along both axes: row[f][i], col[f][j]. Scores may replace products.
+  void (*partial)(const Tile& t, float* const* row, float* const* col);
   // into[f][i] = merge(into, from) for n values; both may be read and written up to a multiple of 16.
-  void (*merge)(float* const* into, float* const* from, int64_t n, bool gap);
-  // G replaces the products and goes to `g` (compute type, row stride g_ld), unless that is null. Operands as in the
-  // Python epilogue.
-  void (*gradient)(const Tile& t, int64_t flags, const float* const* row, const float* const* col, Type compute,
-                   void* g, int64_t g_ld, Sums* sums);
+  void (*merge)(float* const* into, float* const* from, int64_t n);
+  // G replaces the products and goes to `g` (compute type, row stride g_ld), unless that is null; its sums along
+  // columns go to `d_col`, unless null.
+  void (*gradient)(const Tile& t, const float* const* row, const float* const* col, Type compute, void* g, int64_t g_ld,
+                   Sums* sums, float* d_col);
 };
 
 // The sigmoid epilogue: the value and the gradient of kernels/epilogues/sigmoid.py, in nats.
 struct Sigmoid {
-  // The weighted loss of the tile, and with `gradient` its G as above. Weights row[i], col[j]; col is `padded` long.
+  // The weighted loss of the tile, and with `gradient` its G as above. Weights row[i], col[j].
   void (*sweep)(const Tile& t, const float* row, const float* col, bool gradient, Type compute, void* g, int64_t g_ld,
                 Sums* sums);
 };
@@ -60,7 +77,9 @@ struct Core {
   const char* name;
   const Products* f32;
   const Products* bf16;  // for bf16 features; the fp32 ones, which widen while packing, where the CPU has none
-  const Softmax* softmax;
+  // The epilogue of a statistic's flags, or null where there is none.
+  const Epilogue* (*softmax)(int64_t flags);
+  const Epilogue* (*hinge)(int64_t flags);
   const Sigmoid* sigmoid;
   // out[i] = factor * sums[i] in `type`, rounded to nearest even; may run in place.
   void (*deliver)(const float* sums, Type type, int64_t n, float factor, void* out);

@@ -7,7 +7,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include <initializer_list>
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -21,6 +21,21 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
 
+// The arguments of an operator, in the order of its schema.
+class Arguments {
+ public:
+  Arguments(StableIValue* stack, uint64_t count) : at_(stack), end_(stack + count) {}
+  template <typename T>
+  T next() {
+    STD_TORCH_CHECK(at_ < end_, "operator: its schema has too few arguments for this library");
+    return torch::stable::detail::to<T>(*at_++);
+  }
+  void done() const { STD_TORCH_CHECK(at_ == end_, "operator: its schema has too many arguments for this library"); }
+
+ private:
+  StableIValue *at_, *const end_;
+};
+
 const int64_t* ids(const char* name, const Optional& t, int64_t length) {
   if (!t) return nullptr;
   STD_TORCH_CHECK(t->scalar_type() == ScalarType::Long && t->numel() == length && t->is_contiguous(), name,
@@ -28,50 +43,7 @@ const int64_t* ids(const char* name, const Optional& t, int64_t length) {
   return static_cast<const int64_t*>(t->const_data_ptr());
 }
 
-float number(const char* name, const Tensor& t) {
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.numel() == 1, name, ": wanted one float32 value");
-  return *static_cast<const float*>(t.const_data_ptr());
-}
-
-fastvlm::Problem problem(const Tensor& x, const Tensor& y, const Tensor& scale, const Optional& bias,
-                         const Optional& target, const Optional& row_id, const Optional& col_id) {
-  const ScalarType dtype = x.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "x: wanted float32 or bfloat16");
-  STD_TORCH_CHECK(x.dim() == 2 && y.dim() == 2 && x.size(1) == y.size(1) && y.scalar_type() == dtype &&
-                      x.is_contiguous() && y.is_contiguous(),
-                  "x, y: wanted contiguous [M, D] and [N, D] of one dtype");
-  STD_TORCH_CHECK(row_id.has_value() == col_id.has_value(), "row_id, col_id: wanted both or neither");
-  fastvlm::Problem p{};
-  p.x = x.const_data_ptr(), p.y = y.const_data_ptr();
-  p.type = dtype == ScalarType::Float ? fastvlm::Type::f32 : fastvlm::Type::bf16;
-  p.m = x.size(0), p.n = y.size(0), p.d = x.size(1);
-  p.scale = number("scale", scale), p.bias = bias ? number("bias", *bias) : 0.f;
-  p.target = ids("target", target, p.m);
-  p.row_id = ids("row_id", row_id, p.m);
-  p.col_id = ids("col_id", col_id, p.n);
-  return p;
-}
-
-// What the schema has for other backends only.
-void none(std::initializer_list<const Optional*> tensors) {
-  for (const Optional* t : tensors)
-    STD_TORCH_CHECK(!t->has_value(), "factors, teacher: got one, wanted none");
-}
-
-void known(const std::string& epilogue) {
-  STD_TORCH_CHECK(epilogue == "softmax", "epilogue: got ", epilogue, ", wanted softmax");
-}
-
-// [rows, cols] beside `like`, or nothing.
-Tensor empty(const Tensor& like, bool wanted, int64_t rows, int64_t cols) {
-  return wanted ? torch::stable::new_empty(like, {rows, cols}) : torch::stable::new_empty(like, {0});
-}
-
-int64_t length(const fastvlm::Problem& p, int64_t flags) {
-  return (flags & fastvlm::kRows ? p.m : 0) + (flags & fastvlm::kCols ? p.n : 0);
-}
-
-// A contiguous float32 vector of `length` values, or null.
+// A contiguous float32 tensor of `length` values, or null.
 const float* values(const char* name, const Optional& t, int64_t length) {
   if (!t) return nullptr;
   STD_TORCH_CHECK(t->scalar_type() == ScalarType::Float && t->numel() == length && t->is_contiguous(), name,
@@ -79,75 +51,160 @@ const float* values(const char* name, const Optional& t, int64_t length) {
   return static_cast<const float*>(t->const_data_ptr());
 }
 
+float number(const char* name, const Optional& t) { return t ? *values(name, t, 1) : 0.f; }
+
+fastvlm::Features features(const Tensor& x, const Tensor& y, ScalarType dtype, int64_t m, int64_t n, float scale) {
+  STD_TORCH_CHECK(x.dim() == 2 && y.dim() == 2 && x.size(0) == m && y.size(0) == n && x.size(1) == y.size(1) &&
+                      x.scalar_type() == dtype && y.scalar_type() == dtype && x.is_contiguous() && y.is_contiguous(),
+                  "x, y: wanted contiguous [M, D] and [N, D] of one dtype");
+  return {x.const_data_ptr(), y.const_data_ptr(), x.size(1), scale};
+}
+
+// The first 16 arguments of every operator, which stay alive with it.
+struct Given {
+  Tensor x, y, scale;
+  Optional bias, target, row_id, col_id, row_factor, col_factor, teacher_x, teacher_y, teacher_scale, col_bias, row_limit,
+      col_limit, numbers;
+
+  explicit Given(Arguments& a) : x(a.next<Tensor>()), y(a.next<Tensor>()), scale(a.next<Tensor>()) {
+    for (Optional* t : {&bias, &target, &row_id, &col_id, &row_factor, &col_factor, &teacher_x, &teacher_y, &teacher_scale,
+                        &col_bias, &row_limit, &col_limit, &numbers})
+      *t = a.next<Optional>();
+  }
+
+  fastvlm::Problem problem(int64_t flags) const {
+    const ScalarType dtype = x.scalar_type();
+    STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "x: wanted float32 or bfloat16");
+    STD_TORCH_CHECK(x.dim() == 2 && y.dim() == 2, "x, y: wanted contiguous [M, D] and [N, D] of one dtype");
+    STD_TORCH_CHECK(row_id.has_value() == col_id.has_value(), "row_id, col_id: wanted both or neither");
+    fastvlm::Problem p{};
+    p.type = dtype == ScalarType::Float ? fastvlm::Type::f32 : fastvlm::Type::bf16;
+    p.m = x.size(0), p.n = y.size(0), p.flags = flags;
+    p.first = features(x, y, dtype, p.m, p.n, number("scale", scale));
+    if (flags & fastvlm::kSecond) {
+      STD_TORCH_CHECK(teacher_x && teacher_y && teacher_scale, "teacher: wanted for these flags, got none");
+      p.second = features(*teacher_x, *teacher_y, dtype, p.m, p.n, number("teacher_scale", teacher_scale));
+    }
+    p.bias = number("bias", bias);
+    p.target = ids("target", target, p.m);
+    p.row_id = ids("row_id", row_id, p.m), p.col_id = ids("col_id", col_id, p.n);
+    p.row_factor = values("row_factor", row_factor, p.m), p.col_factor = values("col_factor", col_factor, p.n);
+    p.col_bias = values("col_bias", col_bias, p.n);
+    if (flags & (fastvlm::kLimit | fastvlm::kGuide)) {
+      p.row_limit = values("row_limit", row_limit, 2 * p.m), p.col_limit = values("col_limit", col_limit, 2 * p.n);
+      STD_TORCH_CHECK(p.row_limit && p.col_limit, "row_limit, col_limit: wanted for these flags, got none");
+    }
+    if (const float* two = values("numbers", numbers, 2)) p.numbers[0] = two[0], p.numbers[1] = two[1];
+    return p;
+  }
+};
+
+// A new float32 tensor beside `like`; of no elements unless wanted.
+Tensor empty(const Tensor& like, bool wanted, int64_t rows, int64_t cols) {
+  return wanted ? torch::stable::new_empty(like, {rows, cols}) : torch::stable::new_empty(like, {0});
+}
+
 float* data(const Tensor& t) { return t.numel() ? static_cast<float*>(t.mutable_data_ptr()) : nullptr; }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> softmax_statistics(const Tensor& x, const Tensor& y, const Tensor& scale,
-                                                              const Optional& bias, const Optional& target,
-                                                              const Optional& row_id, const Optional& col_id,
-                                                              const Optional& row_factor, const Optional& col_factor,
-                                                              const Optional& teacher_x, const Optional& teacher_y,
-                                                              const Optional& teacher_scale, const Optional& col_bias, const Optional& row_limit, const Optional& col_limit,
-    const Optional& numbers, const Optional& targets,
-                                                              std::string epilogue, int64_t flags, bool keep) {
-  known(epilogue);
-  none({&row_factor, &col_factor, &teacher_x, &teacher_y, &teacher_scale, &col_bias, &row_limit, &col_limit, &numbers});
-  auto p = problem(x, y, scale, bias, target, row_id, col_id);
-  const bool gap = flags & fastvlm::kGap;
-  const int64_t n = length(p, flags);
-  Tensor state = torch::stable::new_empty(scale, {gap ? 5 : 3, n}), products = empty(scale, keep, p.m, p.n);
-  Tensor nll = torch::stable::new_empty(scale, {n}), gaps = torch::stable::new_empty(scale, {gap ? n : 0});
+template <typename... T>
+void give(StableIValue* stack, const T&... outputs) {
+  ((*stack++ = torch::stable::detail::from(outputs)), ...);
+}
+
+const fastvlm::Epilogue& epilogue(const std::string& name, const fastvlm::Problem& p) {
+  const bool softmax = name == "softmax";
+  STD_TORCH_CHECK(softmax || name == "hinge", "epilogue: got ", name, ", wanted softmax or hinge");
+  const fastvlm::Epilogue* found = softmax ? fastvlm::core().softmax(p.flags) : fastvlm::core().hinge(p.flags);
+  STD_TORCH_CHECK(found, "epilogue: got ", name, " with flags ", p.flags, ", wanted those of one statistic");
+  const bool factors = !softmax || p.flags & fastvlm::kFactor;
+  STD_TORCH_CHECK(!factors || (p.row_factor && p.col_factor), "factors: wanted for this epilogue, got none");
+  return *found;
+}
+
+void statistics(StableIValue* stack, uint64_t count, uint64_t) {
+  Arguments a(stack, count);
+  const Given given(a);
+  const Optional targets = a.next<Optional>();
+  const auto name = a.next<std::string>();
+  const auto flags = a.next<int64_t>();
+  const bool keep = a.next<bool>();
+  a.done();
+  auto p = given.problem(flags);
+  const auto& how = epilogue(name, p);
+  const int64_t n = p.length();
+  Tensor state = torch::stable::new_empty(given.scale, {how.fields, n}), products = empty(given.scale, keep, p.m, p.n);
+  Tensor nll = torch::stable::new_empty(given.scale, {n});
+  Tensor gap = torch::stable::new_empty(given.scale, {flags & fastvlm::kGap ? n : 0});
   p.products = data(products);
-  fastvlm::softmax_statistics(p, flags, static_cast<float*>(state.mutable_data_ptr()));
-  fastvlm::softmax_finish(data(state), values("targets", targets, n), n, data(nll), data(gaps));
-  fastvlm::softmax_settle(data(state), n, gap);
-  return {nll, gaps, state, products};
+  fastvlm::statistics(p, how, data(state));
+  const fastvlm::Ends ends{p, data(state), values("targets", targets, n)};
+  if (name == "hinge")
+    fastvlm::hinge_finish(ends, data(nll));
+  else
+    fastvlm::softmax_finish(ends, data(nll), data(gap));
+  give(stack, nll, gap, state, products);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> softmax_gradient(
-    const Tensor& x, const Tensor& y, const Tensor& scale, const Optional& bias, const Optional& target,
-    const Optional& row_id, const Optional& col_id, const Optional& row_factor, const Optional& col_factor,
-    const Optional& teacher_x, const Optional& teacher_y, const Optional& teacher_scale, const Optional& col_bias, const Optional& row_limit, const Optional& col_limit,
-    const Optional& numbers, const Optional& targets,
-    const Tensor& state, const Tensor& products, const Tensor& d_nll, const Optional& d_gap, std::string epilogue,
-    int64_t flags, bool need_x, bool need_y, bool /*need_scale: always*/, bool /*need_col: no col_bias*/) {
-  known(epilogue);
-  none({&row_factor, &col_factor, &teacher_x, &teacher_y, &teacher_scale, &col_bias, &row_limit, &col_limit, &numbers});
-  auto p = problem(x, y, scale, bias, target, row_id, col_id);
-  const bool gap = flags & fastvlm::kGap;
-  const int64_t n = length(p, flags);
+struct NewGradients {
+  Tensor x, y, col;
+  NewGradients(const Given& given, const fastvlm::Problem& p, bool need_x, bool need_y, bool need_col)
+      : x(empty(given.x, need_x, p.m, p.first.d)), y(empty(given.y, need_y, p.n, p.first.d)),
+        col(torch::stable::new_empty(given.scale, {need_col ? p.n : 0})) {}
+  fastvlm::Gradients to() const {
+    return {x.numel() ? x.mutable_data_ptr() : nullptr, y.numel() ? y.mutable_data_ptr() : nullptr, data(col)};
+  }
+};
+
+Tensor scalar(const Tensor& like, double value) {
+  Tensor t = torch::stable::new_empty(like, {});
+  *data(t) = static_cast<float>(value);
+  return t;
+}
+
+void gradient(StableIValue* stack, uint64_t count, uint64_t) {
+  Arguments a(stack, count);
+  const Given given(a);
+  const Optional targets = a.next<Optional>();
+  const auto state = a.next<Tensor>(), products = a.next<Tensor>(), d_nll = a.next<Tensor>();
+  const Optional d_gap = a.next<Optional>();
+  const auto name = a.next<std::string>();
+  const auto flags = a.next<int64_t>();
+  const bool need_x = a.next<bool>(), need_y = a.next<bool>();
+  a.next<bool>();  // need_scale: it costs nothing
+  const bool need_col = a.next<bool>();
+  a.done();
+  auto p = given.problem(flags);
+  const auto& how = epilogue(name, p);
+  const int64_t n = p.length();
   STD_TORCH_CHECK(products.numel() == 0 || products.numel() == p.m * p.n, "products: wanted [M, N], or nothing");
-  STD_TORCH_CHECK(gap == d_gap.has_value(), "d_gap: wanted with the gap flag, and only then");
-  p.products = const_cast<float*>(values("products", products, products.numel()));
-  if (!products.numel()) p.products = nullptr;
-  Tensor operands = torch::stable::new_empty(scale, {gap ? 4 : 3, n});
-  fastvlm::softmax_operands(values("state", state, (gap ? 5 : 3) * n), values("targets", targets, n),
-                            values("d_nll", d_nll, n), values("d_gap", d_gap, n), n, data(operands));
-  Tensor dx = empty(x, need_x, p.m, p.d), dy = empty(y, need_y, p.n, p.d);
-  Tensor d_scale = torch::stable::new_empty(scale, {}), d_bias = torch::stable::new_empty(scale, {});
-  const fastvlm::Sums sums = fastvlm::softmax_gradient(p, flags, data(operands), need_x ? dx.mutable_data_ptr() : nullptr,
-                                                       need_y ? dy.mutable_data_ptr() : nullptr);
-  *data(d_scale) = static_cast<float>(sums.gc);
-  *data(d_bias) = static_cast<float>(sums.g);
-  return {dx, dy, d_scale, d_bias, empty(scale, false, 0, 0)};
+  STD_TORCH_CHECK(!(flags & fastvlm::kGap) != d_gap.has_value(), "d_gap: wanted with the gap flag, and only then");
+  if (products.numel()) p.products = const_cast<float*>(values("products", products, products.numel()));
+  const fastvlm::Ends ends{p, values("state", state, how.fields * n), values("targets", targets, n)};
+  Tensor operands = torch::stable::new_empty(given.scale, {how.operands, n});
+  bool any = true;
+  if (name == "hinge")
+    any = fastvlm::hinge_operands(ends, values("d_nll", d_nll, n), data(operands));
+  else
+    fastvlm::softmax_operands(ends, values("d_nll", d_nll, n), values("d_gap", d_gap, n), data(operands));
+  const NewGradients d(given, p, need_x, need_y, need_col);
+  fastvlm::Sums sums;
+  if (any)
+    sums = fastvlm::gradient(p, how, data(operands), d.to());
+  else  // a mean over no active hinge
+    fastvlm::no_gradient(p, d.to());
+  give(stack, d.x, d.y, scalar(given.scale, sums.gc), scalar(given.scale, sums.g), d.col);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sigmoid_sweep(
-    const Tensor& x, const Tensor& y, const Tensor& scale, const Optional& bias, const Optional& target,
-    const Optional& row_id, const Optional& col_id, const Optional& row_factor, const Optional& col_factor,
-    const Optional& teacher_x, const Optional& teacher_y, const Optional& teacher_scale, const Optional& col_bias, const Optional& row_limit, const Optional& col_limit,
-    const Optional& numbers, bool need_x, bool need_y,
-    bool need_scale) {
-  none({&teacher_x, &teacher_y, &teacher_scale, &col_bias, &row_limit, &col_limit, &numbers});
-  auto p = problem(x, y, scale, bias, target, row_id, col_id);
-  Tensor dx = empty(x, need_x, p.m, p.d), dy = empty(y, need_y, p.n, p.d), total = torch::stable::new_empty(scale, {});
-  Tensor d_scale = torch::stable::new_empty(scale, {}), d_bias = torch::stable::new_empty(scale, {});
-  const fastvlm::Sums sums = fastvlm::sigmoid_sweep(
-      p, values("row_factor", row_factor, p.m), values("col_factor", col_factor, p.n), need_x || need_y || need_scale,
-      need_x ? dx.mutable_data_ptr() : nullptr, need_y ? dy.mutable_data_ptr() : nullptr);
-  *data(total) = static_cast<float>(sums.loss);
-  *data(d_scale) = static_cast<float>(sums.gc);
-  *data(d_bias) = static_cast<float>(sums.g);
-  return {total, dx, dy, d_scale, d_bias};
+void sigmoid_sweep(StableIValue* stack, uint64_t count, uint64_t) {
+  Arguments a(stack, count);
+  const Given given(a);
+  const bool need_x = a.next<bool>(), need_y = a.next<bool>(), need_scale = a.next<bool>();
+  a.done();
+  const auto p = given.problem(fastvlm::kPositive);
+  const NewGradients d(given, p, need_x, need_y, false);
+  const fastvlm::Sums sums = fastvlm::sigmoid_sweep(p, need_x || need_y || need_scale, d.to());
+  const Tensor& like = given.scale;
+  give(stack, scalar(like, sums.loss), d.x, d.y, scalar(like, sums.gc), scalar(like, sums.g));
 }
 
 std::string instruction_set() { return fastvlm::core().name; }
@@ -156,9 +213,9 @@ std::string instruction_set() { return fastvlm::core().name; }
 
 // The schemas and fakes stand in fastvlm_loss/engine/ops.py.
 STABLE_TORCH_LIBRARY_IMPL(fastvlm_loss, CPU, m) {
-  m.impl("statistics.cpp", TORCH_BOX(&softmax_statistics));
-  m.impl("gradient.cpp", TORCH_BOX(&softmax_gradient));
-  m.impl("sweep.cpp", TORCH_BOX(&sigmoid_sweep));
+  m.impl("statistics.cpp", &statistics);
+  m.impl("gradient.cpp", &gradient);
+  m.impl("sweep.cpp", &sigmoid_sweep);
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastvlm_loss, m) { m.def("instruction_set() -> str"); }

@@ -4,27 +4,51 @@
 
 namespace fastvlm {
 
-struct Problem {
-  const void* x;  // [m, d]
-  const void* y;  // [n, d]
-  Type type;
-  int64_t m, n, d;
-  float scale, bias;
-  const int64_t* target;  // null: row i has column i
-  const int64_t* row_id;  // null: no ids
-  const int64_t* col_id;
-  float* products;  // [m, n] of a batch small enough to keep them from forward for backward, or null
+// Features x [m, d] and y [n, d] of a score matrix.
+struct Features {
+  const void *x, *y;
+  int64_t d;
+  float scale;
 };
 
-// state [fields, L]: rows first if kRows, then columns if kCols.
-void softmax_statistics(const Problem& p, int64_t flags, float* state);
+// As of the Problem in scores/problem.py; null for what is not there.
+struct Problem {
+  Features first;
+  Features second;  // x is null unless the statistic needs its products
+  Type type;
+  int64_t m, n;
+  int64_t flags;
+  float bias;
+  const int64_t* target;  // null: row i has column i
+  const int64_t* row_id;
+  const int64_t* col_id;
+  const float *row_factor, *col_factor, *col_bias;
+  const float *row_limit, *col_limit;  // [2, m], [2, n]
+  float numbers[2];
+  float* products;  // [m, n] of a batch small enough to keep them from forward for backward
 
-// operands [3 or 4, L] as the state. dx, dy in the features' type, null where not needed. The sums of G times the raw
-// products, and of G, are the gradients of scale and bias.
-Sums softmax_gradient(const Problem& p, int64_t flags, const float* operands, void* dx, void* dy);
+  int64_t rows() const { return flags & kRows ? m : 0; }  // of a state, which holds the rows and then the columns
+  int64_t length() const { return rows() + (flags & kCols ? n : 0); }
+};
 
-// The sigmoid loss of all entries, weighted by row_factor [m] and col_factor [n] (null: ones), and with `gradient` the
-// rest as above: one pass over the scores.
-Sums sigmoid_sweep(const Problem& p, const float* row_factor, const float* col_factor, bool gradient, void* dx, void* dy);
+// Gradients in the features' type, null where not needed; col [n] in fp32.
+struct Gradients {
+  void *x, *y;
+  float* col;
+};
+
+// state [fields, L].
+void statistics(const Problem& p, const Epilogue& epilogue, float* state);
+
+// operands [epilogue.operands, L]. The sums of G times the (shifted) products, and of G, are the gradients of scale and
+// bias.
+Sums gradient(const Problem& p, const Epilogue& epilogue, const float* operands, const Gradients& d);
+
+// Gradients of 0.
+void no_gradient(const Problem& p, const Gradients& d);
+
+// The sigmoid loss of all entries, weighted by the factors (null: ones), and with `gradient` the rest as above: one pass
+// over the scores.
+Sums sigmoid_sweep(const Problem& p, bool gradient, const Gradients& d);
 
 }  // namespace fastvlm

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 
-from ..scores import flags
 from ..scores.problem import Problem
 from ..scores.statistics import Hinge, Sigmoid, Softmax
 
@@ -54,11 +53,6 @@ def refuses(problem: Problem, statistic: Softmax | Hinge | Sigmoid) -> str:
         return "the C++ library to be built"
     if problem.x.device.type != "cpu" or problem.x.dtype not in (torch.float32, torch.bfloat16):
         return "float32 or bfloat16 features on cpu"
-    beside = (problem.teacher_x, problem.col_bias, problem.row_limit, problem.numbers)
-    if isinstance(statistic, Hinge) or any(t is not None for t in beside):
-        return "a softmax or sigmoid of the scores alone"
-    if isinstance(statistic, Softmax) and statistic.flags & ~(flags.ROWS | flags.COLS | flags.GAP):
-        return "a plain or smoothed softmax"
     return ""
 
 
