@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..engine.tile import SoftmaxTile
+from ..scores import check
 
 __all__ = ["BatchMetrics"]
 
@@ -40,8 +41,8 @@ class BatchMetrics:
         self.hardest_image: Tensor | None = None
         self.filtered: Tensor | None = None
 
-    def fill(self, t: SoftmaxTile, m: int, n: int, filters: bool) -> None:
-        """From the statistics `[L]` of M images and N texts."""
+    def fill(self, t: SoftmaxTile, m: int, n: int, filters: bool, positive: Tensor | None = None) -> None:
+        """From the statistics `[L]` of M images and N texts, and the scores of the positives if those do not tell."""
         found, (rows, cols) = t.summary, t.lengths
         right = (found["best_target"] > found["hardest"]).to(t.nll.dtype)
         known = torch.ones_like(right) if t.targets is None else (t.targets > 0).to(right.dtype)
@@ -54,15 +55,15 @@ class BatchMetrics:
             return total / weight.sum().clamp(min=1) if side.stop > side.start else None
 
         self.image_accuracy, self.text_accuracy = mean(right, image), mean(right, text)
-        positive = mean(found["positive"], image) if rows else mean(found["positive"], text)
-        self.positive_score = positive
+        scores = found["positive"] if positive is None else positive.detach()
+        self.positive_score = mean(scores, image if rows else text)
         self.image_lse, self.text_lse = (mean(found["lse"], s) if "lse" in found else None for s in (image, text))
         index = found["index"]
         self.hardest_text, self.hardest_image = (index[image] if rows else None), (index[text] if cols else None)
         others = known.new_full((rows,), n), known.new_full((cols,), m)
         every = torch.cat(others) - (known if t.counts is None else t.counts)
         self.filtered = 1 - found["negatives"].sum() / every.sum().clamp(min=1)
-        if filters and self.filtered.device.type == "cpu" and not torch.compiler.is_compiling():
+        if filters and check.readable(self.filtered):
             share = float(self.filtered)
             if share > MUCH:
                 warnings.warn(f"filters: {share:.0%} of the negatives were taken out, more than {MUCH:.0%}", stacklevel=4)

@@ -2,7 +2,8 @@
 
 z_tv = <hidden_t, weight_v> + bias_v
 l_t = LSE_v z_tv - (1 - eps) z_t,y - eps mean_v z_tv
-      or with a teacher u_tv = <teacher_hidden_t, teacher_weight_v>:  LSE_v z_tv - (1 - a) z_t,y - a sum_v softmax(u)_tv z_tv
+with a teacher u_tv = <teacher_hidden_t, teacher_weight_v>:
+    l_t = LSE_v z_tv - (1 - a) z_t,y - a sum_v softmax(u)_tv z_tv
 L = sum_t w_t l_t / sum_t w_t over the targets that are not ignored
 """
 
@@ -43,6 +44,9 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Cross-entropy of a vocabulary head: masked language modelling, captions, answers.
 
+    Use it wherever a linear layer and a cross-entropy follow one another and the vocabulary or the number of classes is
+    large.
+
     On a CPU ignored tokens cost nothing. On a GPU they cost as much as others, because counting them would wait for it:
     gather the tokens that count first where most do not (masked language modelling).
 
@@ -53,11 +57,13 @@ def linear_cross_entropy(
         bias: `[V]` or None, floating.
         ignore_index: target that does not count.
         label_smoothing: eps in [0, 1), spread evenly over the vocabulary; not beside a teacher.
-        token_weights: floating `[...]`, weight of each token in the mean. Meant to be >= 0; not checked. Differentiable.
-        teacher_hidden, teacher_weight: `[..., E]`, `[V, E]` of a (momentum) teacher whose softmax is a part of the target.
-            No gradient. Only together.
+        token_weights: floating `[...]`, weight of each token in the mean. Meant to be >= 0; not checked.
+            Differentiable.
+        teacher_hidden, teacher_weight: `[..., E]`, `[V, E]` of a (momentum) teacher whose softmax is a part of the
+            target. No gradient. Only together.
         alpha: in [0, 1], that part.
-        reduction: "mean" (weighted, over the tokens that count; 0 without any), "sum" or "none" (`[...]`, 0 for ignored).
+        reduction: "mean" (weighted, over the tokens that count; 0 without any), "sum" or "none" (`[...]`, 0 for ignored
+            ones).
         normalizer: of "mean", what the sum is divided by instead: the tokens of all accumulation steps, for instance.
         group: must be None; the loss over a process group is not part of this version.
 
@@ -91,7 +97,7 @@ def linear_cross_entropy(
     if teacher is not None and teacher.shape[0] != x.shape[0]:
         raise ValueError(f"teacher_hidden: got {teacher.shape[0]} tokens, wanted {x.shape[0]} as in hidden")
     kept = None
-    if x.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(counts.all()):
+    if check.readable(counts) and not bool(counts.all()):
         kept = counts.nonzero()[:, 0]
         x, target, w, teacher = (None if t is None else t[kept] for t in (x, target, w, teacher))
     assert x is not None and target is not None

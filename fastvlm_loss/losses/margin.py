@@ -71,6 +71,8 @@ def margin_clip_loss(
     with torch.no_grad():
         texts = check.features("text_embeddings", text_embeddings).detach()
         texts = unit(texts) if options.get("normalize") else texts
+        if texts.shape[0] != p.y.shape[0]:
+            raise ValueError(f"text_embeddings: got {texts.shape[0]} rows, wanted {p.y.shape[0]} as in text_features")
         own = texts
         if p.target is not None and texts.shape[0]:  # each image stands at its text
             own = texts[p.target.clamp(0, texts.shape[0] - 1)]
@@ -81,6 +83,8 @@ def margin_clip_loss(
     names = "text_embeddings", "text_embeddings", "threshold"
     problem = p.beside("margin", names, own, texts, slope, p.x.shape[0])
     batch = batch.but(problem=replace(problem, numbers=numbers))
+    if options.get("check_finite"):
+        check.finite("text_embeddings", texts)
     t = batch.softmax(gap=eps > 0)
     return batch.reduce(t.nll if t.gap is None else t.nll + eps * t.gap, t)
 

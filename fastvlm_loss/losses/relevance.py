@@ -45,9 +45,12 @@ def relevance_clip_loss(
 ) -> Tensor:
     """InfoNCE in which some pairs matter more than others.
 
-    `mode="weight"` is what "more relevant is more important" asks for: r weighs each anchor's loss. `mode="logit"`
-    is no weight but an inverse temperature of each row: r = 0 gives log N and no gradient, a negative r repels; with
-    `scope="row"` it is the literal form of the reference document (image direction alone).
+    Use it when a score of each pair says how much it should count. `mode="weight"` is what "more relevant is more
+    important" asks for: r weighs each anchor's loss; the anchor stays a negative of the others.
+
+    `mode="logit"` is no weight but an inverse temperature of each row: with `raw`, r = 0 gives log N and no gradient,
+    and a negative r repels. The reference document's form is `mode="logit", scope="row", raw=True`, the image direction
+    alone; its multiplication by the temperature and its unguarded gradient into r are not reproduced.
 
     Args:
         image_features, text_features, logit_scale, logit_bias: as of `clip_loss`.
@@ -130,7 +133,7 @@ def _refuse(
 def _normalised(name: str, r: Tensor) -> Tensor:
     r = torch.where((r >= 0) & (r < torch.inf), r, 0.0)
     mean = r.sum() / max(r.shape[0], 1)
-    if r.numel() and not torch.compiler.is_compiling() and r.device.type == "cpu" and float(mean.detach()) == 0:
+    if r.numel() and check.readable(mean) and float(mean.detach()) == 0:
         warnings.warn(f"{name}: got no positive value, all count as 1", stacklevel=3)
     r = torch.where(mean > 0, r / torch.where(mean > 0, mean, 1.0), 1.0)
     return r.clamp(LOW, HIGH)

@@ -74,6 +74,9 @@ def soft_target_clip_loss(
         )
     scale = batch.problem.scale.detach() if teacher_scale is None else teacher_scale
     batch = batch.but(problem=batch.problem.taught(teacher_image_features, teacher_text_features, scale))
+    if options.get("check_finite"):
+        check.finite("teacher_image_features", teacher_image_features)
+        check.finite("teacher_text_features", teacher_text_features)
     t = batch.softmax()
     assert t.gap is not None
     return batch.reduce(t.nll + share * t.gap, t)

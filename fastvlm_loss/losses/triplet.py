@@ -80,7 +80,7 @@ def triplet_loss(
     own = torch.cat([side for side, wanted in zip(positive, (rows, cols), strict=True) if wanted])
     t = tile.hinge(problem, rows=rows, cols=cols, hardest=batch.metrics is not None or mining != "sum")
     if batch.metrics is not None:
-        batch.metrics.fill(t, p.x.shape[0], p.y.shape[0], batch.filters)
+        batch.metrics.fill(t, p.x.shape[0], p.y.shape[0], batch.filters, own)
     losses = t.nll
     if mining != "sum":
         losses = _hardest(p, t, own, m)

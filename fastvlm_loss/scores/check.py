@@ -8,9 +8,10 @@ from typing import cast
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 __all__ = [
-    "alike", "choice", "features", "finite", "flag", "floating", "integers", "number", "scalar", "shaped", "tokens",
+    "alike", "choice", "features", "finite", "flag", "floating", "integers", "number", "readable", "scalar", "shaped", "tokens",
     "vector", "whole", "whole_numbers",
 ]  # fmt: skip
 
@@ -154,6 +155,11 @@ def _sized(name: str, value: Tensor, length: int, like: Tensor) -> Tensor:
     if value.device != like.device:
         raise ValueError(f"{name}: got a tensor on {value.device}, wanted {like.device}")
     return value
+
+
+def readable(value: Tensor) -> bool:
+    """Whether values may be looked at now: they are there, nothing is being traced, and no GPU is waited for."""
+    return value.device.type == "cpu" and not torch.compiler.is_compiling() and not is_fake(value)
 
 
 def finite(name: str, value: Tensor) -> None:

@@ -14,7 +14,8 @@ def paired_products(x: Tensor, y: Tensor, index: Tensor | None, dtype: torch.dty
         return (x.to(dtype) * y.to(dtype)).sum(1)
     if not y.shape[0]:
         return x.to(dtype).sum(1) * 0
-    products = (x.to(dtype) * y[index.clamp(min=0)].to(dtype)).sum(1)
+    # cast before the gather: a row picked many times must not add up its gradient in 16 bits
+    products = (x.to(dtype) * y.to(dtype)[index.clamp(min=0)]).sum(1)
     return torch.where(index >= 0, products, 0.0)
 
 

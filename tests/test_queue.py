@@ -1,0 +1,127 @@
+"""FeatureQueue: first in, first out for any batch; its entries are negatives and nothing else."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastvlm_loss
+from fastvlm_loss import FeatureQueue, clip_loss
+
+
+@pytest.fixture(autouse=True)
+def _forced(live_backend):
+    with fastvlm_loss.backend(live_backend):
+        yield
+
+
+def numbered(first, count):
+    return torch.arange(first, first + count).float()[:, None].expand(count, 3)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 5, 7, 12, 40])
+def test_the_last_ones_stay_whatever_the_batch(batch):
+    queue = FeatureQueue(12, 3)
+    for k in range(0, 36, batch):
+        queue.push(numbered(k, batch), torch.arange(k, k + batch), step=k)
+        last = torch.arange(k + batch)[-12:]
+        filled = queue.ids >= 0
+        assert len(queue) == len(last) == filled.sum()
+        assert torch.equal(queue.ids[filled].sort().values, last)
+        assert torch.equal(queue.features[filled][:, 0].long(), queue.ids[filled])
+
+
+def extended(queue, x, y, ids=None):
+    """The image direction of clip_loss with the queue's texts."""
+    texts, text_ids = queue.extend(y, ids)
+    own = text_ids[: len(y)]
+    return clip_loss(
+        x, texts, 10.0, labels=torch.arange(len(x)), image_ids=own, text_ids=text_ids, directions="image"
+    )
+
+
+def test_an_empty_queue_changes_nothing(pair):
+    x, y = pair(10)
+    torch.testing.assert_close(extended(FeatureQueue(8, 32), x, y), clip_loss(x, y, 10.0, directions="image"))
+
+
+def test_its_entries_are_further_columns_without_gradient(pair):
+    x, y = pair(10)
+    past = pair(6, seed=4)[1]
+    queue = FeatureQueue(8, 32)
+    queue.push(past)
+    loss = extended(queue, x, y)
+    s = 10.0 * x @ torch.cat([y, past.detach()]).T
+    want = F.cross_entropy(s, torch.arange(10))
+    torch.testing.assert_close(loss, want)
+    for a, b in zip(torch.autograd.grad(loss, (x, y)), torch.autograd.grad(want, (x, y)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert not queue.features.requires_grad
+
+
+def test_the_other_direction_has_further_rows(pair):
+    x, y = pair(10)
+    past = pair(6, seed=4)[0]
+    queue = FeatureQueue(8, 32)
+    queue.push(past)
+    images, ids = queue.extend(x)
+    loss = clip_loss(
+        images, y, 10.0, labels=queue.labels(10), image_ids=ids, text_ids=ids[:10], directions="text"
+    )
+    s = 10.0 * y @ torch.cat([x, past.detach()]).T
+    torch.testing.assert_close(loss, F.cross_entropy(s, torch.arange(10)))
+
+
+def test_an_entry_with_the_anchors_id_is_no_negative(pair):
+    x, y = pair(10)
+    queue = FeatureQueue(8, 32)
+    queue.push(y[:4].detach(), torch.arange(4))
+    loss = extended(queue, x, y, torch.arange(10))
+    s = 10.0 * x @ torch.cat([y, y[:4]]).T
+    out = F.pad(torch.eye(10, 4, dtype=torch.bool), (10, 0))
+    torch.testing.assert_close(loss, F.cross_entropy(s.masked_fill(out, -torch.inf), torch.arange(10)))
+
+
+def test_old_entries_are_no_candidates():
+    queue = FeatureQueue(6, 3, max_age=2)
+    for step in range(3):
+        queue.push(numbered(2 * step, 2), torch.arange(2 * step, 2 * step + 2), step=step)
+    assert queue.valid_ids(step=3).tolist() == [-1, -1, 2, 3, 4, 5]
+    assert queue.valid_ids().tolist() == [0, 1, 2, 3, 4, 5]
+    _, ids = queue.extend(numbered(0, 1), torch.tensor([9]), step=4)
+    assert ids.tolist() == [9, -1, -1, -1, -1, 4, 5]
+
+
+def test_it_survives_a_checkpoint():
+    queue, other = FeatureQueue(5, 3), FeatureQueue(5, 3)
+    queue.push(numbered(0, 4))
+    other.load_state_dict(queue.state_dict())
+    for q in (queue, other):
+        q.push(numbered(9, 3))
+    for name, value in queue.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value)
+    assert len(queue.ids.unique()) == 5  # without ids nobody equals anybody
+
+
+def test_it_compiles():
+    queue = FeatureQueue(6, 3)
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def step(x):
+        queue.push(x)
+        return queue.extend(x)
+
+    features, ids = step(numbered(1, 4))
+    assert features.shape == (10, 3) and (ids == -1).sum() == 2
+
+
+def test_errors():
+    queue = FeatureQueue(4, 3)
+    for kind, message, call in (
+        (ValueError, r"features: got \[2, 5\], wanted \[B, 3\]", lambda: queue.push(torch.ones(2, 5))),
+        (ValueError, r"ids: got .*\[3\], wanted shape \[2\]", lambda: queue.push(torch.ones(2, 3), torch.arange(3))),
+        (ValueError, "size: got 0", lambda: FeatureQueue(0, 3)),
+        (TypeError, "dim: got float", lambda: FeatureQueue(3, 3.0)),
+        (TypeError, "dtype: got torch.int64", lambda: FeatureQueue(3, 3, dtype=torch.int64)),
+    ):
+        with pytest.raises(kind, match=message):
+            call()
