@@ -10,21 +10,21 @@ exact way costs no registers of the cheap one.
 
 from .lang import jit, tl
 from .layout import product, store_vectors
-from .scores import TARGET, columns_of, hits, numbers, rows_of, scores, targets_within
+from .scores import TARGET, columns_of, exact_tile, hardness, numbers, rows_of, scores, targets_within
 
 
 @jit
 def _exactly(x, y, tx, ty, entries, m0, n0, M, N, row, partial: tl.constexpr, FLAGS: tl.constexpr, D: tl.constexpr,
              BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, LOAD: tl.constexpr):  # fmt: skip
     """States of one tile along both axes, each about its own maximum."""
-    scale, _, teacher_scale = numbers(entries)
-    col = columns_of(entries, n0 + tl.arange(0, BN), N)
-    s = scores(product(x, y, m0, n0, M, N, D[0], BM, BN, BK, LOAD), scale, row, col, N, FLAGS)
-    teacher = None
-    if tx is not None:
-        teacher = product(tx, ty, m0, n0, M, N, D[1], BM, BN, BK, LOAD) * teacher_scale
-    hit = hits(row, col, FLAGS)
-    return partial(s, hit, teacher, row[3], 1, FLAGS), partial(s, hit, teacher, col[3], 0, FLAGS)
+    j = n0 + tl.arange(0, BN)
+    col = columns_of(entries, j, N)
+    _, s, to_col, hit, second = exact_tile(
+        x, y, tx, ty, entries, row, col, m0, n0, M, N, FLAGS, D, BM, BN, BK, LOAD
+    )  # fmt: skip
+    beta, i, j = hardness(entries, FLAGS), (m0 + tl.arange(0, BM)).to(tl.float32), j.to(tl.float32)
+    in_row = partial(s, hit, second, row[3], j, beta, 1, FLAGS)
+    return in_row, partial(to_col, hit, second, col[3], i, beta, 0, FLAGS)
 
 
 @jit(do_not_specialize=["count"])
@@ -59,7 +59,7 @@ def forward(X, Y, PIECE, TX, TY, entries, ROW, COL, M, N, first, rows, count, FO
             exact = True
         elif not held:
             col = columns_of(entries, n0 + tl.arange(0, BN), N)
-            s = scores(product(X, Y, m0, n0, M, N, D[0], BM, BN, SHAPE[2], LOAD), scale, row, col, N, FLAGS)
+            s = scores(product(X, Y, m0, n0, M, N, D[0], BM, BN, SHAPE[2], LOAD), scale, row, col, FLAGS)
             to_row, to_col, kept = shared(s, shift, FLAGS)
             exact = not kept
             if kept:

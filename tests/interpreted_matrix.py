@@ -2,6 +2,7 @@
 
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import wraps
 
 import pytest
 import torch
@@ -49,6 +50,7 @@ def test_nothing_is_read_or_written_past_an_end(m, n, d, dtype, options):
     case = Case(m, d, n, dtype=dtype, bias=1.0, options=options, backend="triton")
     with Fences() as fences:
 
+        @wraps(registry["clip_loss"].function)
         def fenced(**given):
             return registry["clip_loss"].function(
                 **{k: fences.around(v) if isinstance(v, torch.Tensor) else v for k, v in given.items()}

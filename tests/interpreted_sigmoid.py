@@ -23,7 +23,7 @@ def sweep(S, HIT, ROW, COL, LOSS, G, M: tl.constexpr, N: tl.constexpr, FLAGS: tl
     s, row, col = tl.load(S + at), (tl.load(ROW + i),), (tl.load(COL + j),)
     if HIT is not None:
         hit = tl.load(HIT + at) != 0
-        g = gradient(s, hit, None, row, col, FLAGS)
+        g = gradient(s, s, hit, None, row, col, 0.0, FLAGS)
     else:
         hit = None
         g = shared_gradient(s, 0.0, row, col, FLAGS)

@@ -1,25 +1,30 @@
-"""Run by test_kernels.py in its own process: the softmax tile functions in Triton's interpreter against PyTorch."""
+"""Run by test_kernels.py in its own process: tile functions along rows and columns in Triton against PyTorch."""
 
 import interpreter
 import pytest
 import torch
 import triton
 import triton.language as tl
-from fastvlm_loss.kernels.epilogues import softmax
+from fastvlm_loss.kernels.epilogues import hinge, softmax
 from fastvlm_loss.kernels.lang import as_torch
+
+from fastvlm_loss.scores.statistics import Hinge, Softmax
 
 interpreter.install()
 
-partial, merge, gradient = softmax.partial, softmax.merge, softmax.gradient
 shared_partial, shareable, shared_gradient = softmax.shared_partial, softmax.shareable, softmax.shared_gradient
-ROWS, COLS, GAP, TEACHER, FACTOR = 1, 2, 4, 8, 16
-FLAGS = [3, 3 | GAP, 3 | FACTOR, 3 | GAP | TEACHER, 3 | GAP | TEACHER | FACTOR]
+ROWS, COLS, GAP, TEACHER, FACTOR, HARDEST, INSIDE, HARDNESS, SWAPPED = 1, 2, 4, 8, 16, 32, 256, 512, 1024
+TAUGHT = GAP | TEACHER
+SOFTMAX = [0, GAP, FACTOR, TAUGHT, TAUGHT | FACTOR, INSIDE, HARDNESS]
+SHAPES = [(softmax, 3 | f | h) for f in SOFTMAX for h in (0, HARDEST)] + [(hinge, 3), (hinge, 3 | HARDEST)]
+PULLS = [(softmax, f) for f in [*SOFTMAX, TAUGHT | SWAPPED, TAUGHT | FACTOR | SWAPPED]] + [(hinge, 0)]
+BETA = 0.6
 M, N = 32, 64
 
 
-def fields(flags):
-    """How many numbers a state has."""
-    return 3 + bool(flags & FACTOR) + 2 * bool(flags & GAP) + bool(flags & TEACHER)
+def of(epilogue, flags):
+    """The statistic of a tile function and its flags."""
+    return (Hinge if epilogue is hinge else Softmax).of(flags | 128 * bool(flags & INSIDE))
 
 
 @triton.jit
@@ -48,22 +53,27 @@ def _tile(S, HIT, TEACHING, M: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def fold(S, HIT, TEACHING, ROW_FACTOR, COL_FACTOR, ROW, COL, M: tl.constexpr, N: tl.constexpr, FLAGS: tl.constexpr):
+def fold(S, HIT, TEACHING, ROW_FACTOR, COL_FACTOR, ROW, COL, M: tl.constexpr, N: tl.constexpr, BETA, FOLD: tl.constexpr,
+         FLAGS: tl.constexpr):  # fmt: skip
+    partial: tl.constexpr = FOLD[1]
+    merge: tl.constexpr = FOLD[2]
     i, j = tl.arange(0, M), tl.arange(0, N)
     _, s, hit, teacher = _tile(S, HIT, TEACHING, M, N)
     row_factor, col_factor = tl.load(ROW_FACTOR + i), tl.load(COL_FACTOR + j)
-    row = partial(s, hit, teacher, row_factor, 1, FLAGS)
-    row = merge(row, partial(s * 0.5, hit, teacher, row_factor, 1, FLAGS), FLAGS)
+    at_row, at_col = i.to(tl.float32), j.to(tl.float32)
+    row = partial(s, hit, teacher, row_factor, at_col, BETA, 1, FLAGS)
+    row = merge(row, partial(s * 0.5, hit, teacher, row_factor, at_col + N, BETA, 1, FLAGS), FLAGS)
     _store(ROW, i, M, row)
-    _store(COL, j, N, partial(s, hit, teacher, col_factor, 0, FLAGS))
+    _store(COL, j, N, partial(s, hit, teacher, col_factor, at_row, BETA, 0, FLAGS))
 
 
 @triton.jit
-def backward(S, HIT, TEACHING, ROW, COL, G, M: tl.constexpr, N: tl.constexpr, FLAGS: tl.constexpr,
-             COUNT: tl.constexpr):  # fmt: skip
+def backward(S, TO_COL, HIT, TEACHING, ROW, COL, G, M: tl.constexpr, N: tl.constexpr, BETA, PULL: tl.constexpr,
+             FLAGS: tl.constexpr, COUNT: tl.constexpr):  # fmt: skip
+    gradient: tl.constexpr = PULL[0]
     at, s, hit, teacher = _tile(S, HIT, TEACHING, M, N)
     row, col = _vectors(ROW, tl.arange(0, M), M, COUNT), _vectors(COL, tl.arange(0, N), N, COUNT)
-    tl.store(G + at, gradient(s, hit, teacher, row, col, FLAGS))
+    tl.store(G + at, gradient(s, tl.load(TO_COL + at), hit, teacher, row, col, BETA, FLAGS))
 
 
 @triton.jit
@@ -95,33 +105,39 @@ def tile():
     return s, hit, 3 * torch.randn(M, N, generator=g), factors
 
 
-@pytest.mark.parametrize("flags", FLAGS)
+@pytest.mark.parametrize(("epilogue", "flags"), SHAPES)
 @pytest.mark.parametrize("with_hit", [True, False])
-def test_states_equal_those_of_pytorch(tile, flags, with_hit):
+def test_states_equal_those_of_pytorch(tile, epilogue, flags, with_hit):
     s, hit, teacher, (row_factor, col_factor) = tile
-    hit, teacher = hit if with_hit else None, teacher if flags & TEACHER else None
-    row, col = torch.full((fields(flags), M), torch.nan), torch.full((fields(flags), N), torch.nan)
-    fold[(1,)](s, hit, teacher, row_factor, col_factor, row, col, M, N, flags)
-    twin, join, marks = as_torch(partial), as_torch(merge), None if hit is None else hit != 0
-    want = join(*(twin(t, marks, teacher, row_factor, 1, flags) for t in (s, s * 0.5)), flags)
+    hit, teacher, fields = hit if with_hit else None, teacher if flags & TEACHER else None, of(epilogue, flags).fields
+    row, col = torch.full((fields, M), torch.nan), torch.full((fields, N), torch.nan)
+    fold[(1,)](s, hit, teacher, row_factor, col_factor, row, col, M, N, BETA, epilogue.FOLD, flags)
+    twin, join, marks = as_torch(epilogue.partial), as_torch(epilogue.merge), None if hit is None else hit != 0
+    at_row, at_col = torch.arange(M) * 1.0, torch.arange(N) * 1.0
+    parts = ((t, marks, teacher, row_factor, at, BETA, 1, flags) for t, at in ((s, at_col), (s * 0.5, at_col + N)))
+    want = join(*(twin(*part) for part in parts), flags)
     torch.testing.assert_close(row, torch.stack(want), rtol=1e-6, atol=1e-5)
-    want = twin(s, marks, teacher, col_factor, 0, flags)
+    want = twin(s, marks, teacher, col_factor, at_row, BETA, 0, flags)
     torch.testing.assert_close(col, torch.stack(want), rtol=1e-6, atol=1e-5)
 
 
-@pytest.mark.parametrize("flags", FLAGS)
+@pytest.mark.parametrize(("epilogue", "flags"), PULLS)
 @pytest.mark.parametrize("directions", [ROWS | COLS, ROWS, COLS])
 @pytest.mark.parametrize("with_hit", [True, False])
-def test_gradient_tiles_equal_those_of_pytorch(tile, flags, directions, with_hit):
-    flags = flags & ~3 | directions
+def test_gradient_tiles_equal_those_of_pytorch(tile, epilogue, flags, directions, with_hit):
     s, hit, teacher, _ = tile
-    hit, teacher = hit if with_hit else None, teacher if flags & TEACHER else None
-    count = fields(flags) - bool(flags & GAP)  # an operand has 1 / n in it
+    hit, teacher, count = hit if with_hit else None, teacher if flags & TEACHER else None, of(epilogue, flags).operands
+    to_col = s.masked_fill(torch.rand(M, N, generator=torch.Generator().manual_seed(1)) < 0.2, -torch.inf)
     rows, cols = torch.rand(count, M), torch.rand(count, N)
-    rows[0], cols[0] = 20.0, 21.0
+    if epilogue is softmax:
+        rows[0], cols[0] = 20.0, 21.0
+    if flags & (INSIDE | HARDNESS):
+        rows[3], cols[3] = 20.0, 21.0
     got = torch.full((M, N), torch.nan)
-    backward[(1,)](s, hit, teacher, rows, cols, got, M, N, flags, count)
-    want = as_torch(gradient)(s, None if hit is None else hit != 0, teacher, rows, cols, flags)
+    how = flags | directions
+    backward[(1,)](s, to_col, hit, teacher, rows, cols, got, M, N, BETA, epilogue.PULL, how, count)
+    twin, marks = as_torch(epilogue.gradient), None if hit is None else hit != 0
+    want = twin(s, to_col, marks, teacher, rows, cols, BETA, how)
     torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
 
 
@@ -146,8 +162,8 @@ HIGH_ROW = 1000.0 * (torch.arange(M)[:, None] == 5)
 )
 def test_one_exponential_loses_nothing_or_says_so(directions, change, kept, may):
     s = change(3 * torch.randn(M, N, generator=torch.Generator().manual_seed(0)))
-    twin = as_torch(partial)
-    exact = [twin(s.double(), None, None, None, axis, 3) for axis in (1, 0)]
+    twin = as_torch(softmax.partial)
+    exact = [twin(s.double(), None, None, None, None, 0.0, axis, 3) for axis in (1, 0)]
     operands = [torch.stack([m, torch.rand_like(m) / l, torch.rand_like(m)]).float() for m, l, *_ in exact]  # noqa: E741
     rows, cols = torch.full((3, M), torch.nan), torch.full((3, N), torch.nan)
     g, said = torch.full((M, N), torch.nan), torch.zeros(2, dtype=torch.int32)
@@ -159,5 +175,6 @@ def test_one_exponential_loses_nothing_or_says_so(directions, change, kept, may)
                 error = (got[0] + got[1].log2()).double() - (want[0] + want[1].log2())
                 assert error.abs().max() < 1e-5
     if directions in may:
-        want = as_torch(gradient)(s.double(), None, None, *(o.double() for o in operands), directions)
+        wide = s.double()
+        want = as_torch(softmax.gradient)(wide, wide, None, None, *(o.double() for o in operands), 0.0, directions)
         assert (g - want).abs().max() < 1e-5 * want.abs().max()

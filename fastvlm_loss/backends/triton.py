@@ -7,23 +7,22 @@ the gradient kernel writes G, then `dX += G Y` and `dY += G^T X` with fp32 accum
 
 from __future__ import annotations
 
-import functools
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import configs, plan
 from ..kernels.forward import forward as forward_kernel
 from ..kernels.gradient import gradient as gradient_kernel
 from ..kernels.lang import HAS_TRITON
+from ..kernels.launch import INTERPRETED, add_product, aligned, descriptor, device, operand, precision, ranks
 from ..kernels.merge import merge as merge_kernel
-from ..kernels.scores import IDS, POSITIVE
+from ..kernels.scores import BIASED, IDS
 from ..scores.problem import Problem
-from ..scores.statistics import LN2, Sigmoid, Softmax, gradient_dtype
+from ..scores.statistics import LN2, Hinge, Sigmoid, Softmax, gradient_dtype
 
 __all__ = ["AUTO", "gradient", "refuses", "runs_on", "set_workspace", "statistics", "sweep", "unavailable", "unit"]
 
@@ -31,7 +30,6 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # G of size 1 is stored as this in fp16, or a probability of 1 / N would be subnormal; no sum of its parts overflows
 FP16_UNIT = 1024.0
 MERGE_BLOCK = 128
-INTERPRETED = (90, 2)  # the GPU that the interpreter stands for: architecture, multiprocessors
 
 _workspace = 256 * 2**20
 
@@ -54,27 +52,16 @@ def set_workspace(size: int) -> None:
     _workspace = size
 
 
-def _interpreted() -> bool:
-    if not HAS_TRITON:
-        return False
-    from triton import knobs
-
-    return bool(knobs.runtime.interpret)
-
-
-_INTERPRETED = _interpreted()  # at import, as Triton decides it, and so that a compiled graph sees a constant
-
-
 def unavailable() -> str:
     """Why this backend is not live, or an empty string."""
     if not HAS_TRITON:
         return "Triton is not installed"
-    if not torch.cuda.is_available() and not _INTERPRETED:
+    if not torch.cuda.is_available() and not INTERPRETED:
         return "no CUDA device"
     return ""
 
 
-AUTO = not _INTERPRETED  # which is there for tests
+AUTO = not INTERPRETED  # which is there for tests
 
 
 def refuses(problem: Problem, statistic: Softmax | Hinge | Sigmoid) -> str:
@@ -82,7 +69,7 @@ def refuses(problem: Problem, statistic: Softmax | Hinge | Sigmoid) -> str:
     device = problem.x.device
     if not HAS_TRITON:
         return "Triton to be installed"
-    if device.type != ("cpu" if _INTERPRETED else "cuda") or problem.x.dtype not in DTYPES:
+    if device.type != ("cpu" if INTERPRETED else "cuda") or problem.x.dtype not in DTYPES:
         return "bfloat16, float16 or float32 features on cuda"
     if device.type == "cuda" and torch.cuda.get_device_properties(device).major < 8:
         return "a GPU of compute capability 8.0 or later"
@@ -91,10 +78,10 @@ def refuses(problem: Problem, statistic: Softmax | Hinge | Sigmoid) -> str:
 
 def runs_on() -> str:
     """The GPU, or the interpreter."""
-    return "Triton's interpreter, on CPU" if _INTERPRETED else torch.cuda.get_device_name()
+    return "Triton's interpreter, on CPU" if INTERPRETED else torch.cuda.get_device_name()
 
 
-def statistics(problem: Problem, statistic: Softmax, keep: bool = False) -> tuple[Tensor, Tensor]:
+def statistics(problem: Problem, statistic: Softmax | Hinge, keep: bool = False) -> tuple[Tensor, Tensor]:
     """State `[fields, L]` of all rows, then all columns. Keeps no products: making them again costs less than storing.
 
     Each strip of rows is one launch; its column states, one a row block, are merged into the result by another.
@@ -116,7 +103,7 @@ def statistics(problem: Problem, statistic: Softmax, keep: bool = False) -> tupl
             to_rows = new((parts, fields, size)) if rows else None
             to_cols = new((blocks, fields, n)) if cols else None
             forward_kernel[(blocks * parts,)](
-                *call.operands, *call.teacher, call.entries, to_rows, to_cols, m, n, first, size, count,
+                *call.operands, *call.second, call.entries, to_rows, to_cols, m, n, first, size, count,
                 call.fold, call.flags, call.d, call.shape, call.load, **call.options,
             )  # fmt: skip
             if to_rows is not None:
@@ -126,30 +113,53 @@ def statistics(problem: Problem, statistic: Softmax, keep: bool = False) -> tupl
     return state, problem.x.new_empty(0)
 
 
-def unit(problem: Problem, cotangents: tuple[Tensor, ...]) -> Tensor:
-    """What a G of size 1 in the workspace stands for: cotangents over it are of a known size, whatever the loss."""
+def unit(problem: Problem, statistic: Softmax | Hinge, cotangents: tuple[Tensor, ...]) -> Tensor:
+    """What a G of size 1 in the workspace stands for: about the largest entry that G may have, whatever the loss."""
     size = _largest(*cotangents)
-    if problem.row_factor is not None and problem.col_factor is not None:
-        size = size * _largest(problem.row_factor, problem.col_factor).clamp(min=1.0)
+    if isinstance(statistic, Softmax):
+        if statistic.factor and problem.row_factor is not None and problem.col_factor is not None:
+            size = size * _largest(problem.row_factor, problem.col_factor).clamp(min=1.0)
+        if statistic.hardness and problem.numbers is not None:
+            size = size * (1.0 + problem.numbers[0].abs())
+        if statistic.swapped:
+            size = size * _spread(problem).clamp(min=1.0)
     return _unit(size, problem.x.dtype)
 
 
+def _spread(problem: Problem) -> Tensor:
+    """How far a second score may be from another, at most."""
+    assert problem.teacher_x is not None and problem.teacher_y is not None and problem.teacher_scale is not None
+    lengths = (torch.linalg.vector_norm(t, dim=1, dtype=torch.float32) for t in (problem.teacher_x, problem.teacher_y))
+    longest = [_largest(length) for length in lengths]
+    return 2.0 * problem.teacher_scale.abs() * longest[0] * longest[1]
+
+
+def _largest(*vectors: Tensor) -> Tensor:
+    return torch.stack([v.abs().amax() if v.numel() else v.new_zeros(()) for v in vectors]).amax()
+
+
+def _unit(size: Tensor, dtype: torch.dtype) -> Tensor:
+    size = torch.where((size > 0) & size.isfinite(), size, 1.0)  # an infinite cotangent spoils its own row only
+    return size / FP16_UNIT if dtype == torch.float16 else size
+
+
 def gradient(
-    problem: Problem, statistic: Softmax, products: Tensor, operands: Tensor, unit: Tensor, need_x: bool, need_y: bool,
-    need_scale: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """`dx`, `dy` (empty if not needed), `sum G c` with c = <x, y>, and `sum G`, all of G times `unit`."""
+    problem: Problem, statistic: Softmax | Hinge, products: Tensor, operands: Tensor, unit: Tensor, need_x: bool,
+    need_y: bool, need_scale: bool, need_col: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`dx`, `dy` (empty if not needed), `sum G c`, `sum G`, and its column sums (empty likewise); of G times `unit`."""
     rows, _ = statistic.lengths(problem.x.shape[0], problem.y.shape[0])
     row = operands[:, :rows].contiguous() if statistic.rows else None
     col = operands[:, rows:].contiguous() if statistic.cols else None
-    dx, dy, sums = _macro_tiles(problem, statistic, row, col, unit, need_x, need_y, need_scale)
-    return dx, dy, sums[0], sums[1]
+    needs = _Needs(need_x, need_y, need_scale or not statistic.shift_invariant, need_col)
+    dx, dy, sums, d_col = _macro_tiles(problem, statistic, row, col, unit, needs)
+    return dx, dy, sums[0], sums[1], d_col
 
 
 def sweep(
     problem: Problem, statistic: Sigmoid, need_x: bool, need_y: bool, need_scale: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The total in nats, and what `gradient` returns, from one pass over the scores."""
+    """The total in nats, and the first four of what `gradient` returns, from one pass over the scores."""
     if problem.x.dtype == torch.float16 and problem.row_factor is None:
         problem, statistic = problem.weighted(None, None), Sigmoid(factor=True)  # which carry the unit
     row = col = None
@@ -157,56 +167,70 @@ def sweep(
     if problem.row_factor is not None and problem.col_factor is not None:
         unit = _unit(_largest(problem.row_factor) * _largest(problem.col_factor), problem.x.dtype)
         row, col = (problem.row_factor / unit)[None], problem.col_factor[None]
-    dx, dy, sums = _macro_tiles(problem, statistic, row, col, unit, need_x, need_y, True)
+    dx, dy, sums, _ = _macro_tiles(problem, statistic, row, col, unit, _Needs(need_x, need_y, True, False))
     return sums[2] * LN2, dx, dy, sums[0], sums[1]
 
 
+@dataclass(frozen=True)
+class _Needs:
+    """What is wanted of G: the gradients of the features, the kernel's sums, the sums of its columns."""
+
+    x: bool
+    y: bool
+    sums: bool
+    cols: bool
+
+
 def _macro_tiles(
-    problem: Problem, statistic: Softmax | Sigmoid, row: Tensor | None, col: Tensor | None, unit: Tensor, need_x: bool,
-    need_y: bool, need_sums: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """`dx`, `dy` and the kernel's three sums, from G made and consumed macro-tile by macro-tile."""
+    problem: Problem, statistic: Softmax | Hinge | Sigmoid, row: Tensor | None, col: Tensor | None, unit: Tensor,
+    needs: _Needs,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`dx`, `dy`, the kernel's three sums and the column sums, from G made and consumed macro-tile by macro-tile."""
     x, y, (m, d), n = problem.x, problem.y, problem.x.shape, problem.y.shape[0]
-    new, need_g = problem.scale.new_zeros, need_x or need_y
+    new, need_g = problem.scale.new_zeros, needs.x or needs.y
     dtype = gradient_dtype(x.dtype) if isinstance(statistic, Sigmoid) else x.dtype
-    dx = x.new_empty(x.shape if need_x else (0,), dtype=dtype)
-    dy = y.new_empty(y.shape if need_y else (0,), dtype=dtype)
-    sums = new(3, dtype=torch.float64)
+    dx = x.new_empty(x.shape if needs.x else (0,), dtype=dtype)
+    dy = y.new_empty(y.shape if needs.y else (0,), dtype=dtype)
+    sums, sum_col = new(3, dtype=torch.float64), new(n if needs.cols else 0)
     if not m or not n:
-        return dx.zero_(), dy.zero_(), sums.float()
+        return dx.zero_(), dy.zero_(), sums.float(), sum_col
     factor = problem.scale * unit
     with _on(x.device):
         call = _Call.of("gradient", problem, statistic)
         tile = call.tile
         height, width = plan.macro_tile(m, n, _workspace // x.element_size(), tile)
         workspace = x.new_empty(min(height, m) * plan.round_up(min(width, n), 16) if need_g else 0)
-        sum_y = new((n if need_y else 0, d))
+        sum_y = new((n if needs.y else 0, d))
         for i in range(0, m, height):
             r = slice(i, min(i + height, m))
-            sum_x = new((r.stop - r.start if need_x else 0, d))
+            sum_x = new((r.stop - r.start if needs.x else 0, d))
             for j in range(0, n, width):
                 c = slice(j, min(j + width, n))
                 rows, cols = r.stop - r.start, c.stop - c.start
                 stride = plan.round_up(cols, 16)
                 g = workspace[: rows * stride].view(rows, stride)[:, :cols] if need_g else None
-                programs = plan.ceil(rows, tile.rows) * plan.ceil(cols, tile.cols)
-                parts = new((3, programs)) if need_sums else None
+                blocks = plan.ceil(rows, tile.rows)
+                programs = blocks * plan.ceil(cols, tile.cols)
+                parts = new((3, programs)) if needs.sums else None
+                col_parts = new((blocks, cols)) if needs.cols else None
                 gradient_kernel[(programs,)](
-                    *call.operands, *call.teacher, call.entries, row, col, *call.outputs(g), parts,
+                    *call.operands, *call.second, call.entries, row, col, *call.outputs(g), parts, col_parts,
                     (m, n, i, j, rows, cols, stride), call.pull, call.flags, call.d, call.shape, call.load,
                     **call.options,
                 )  # fmt: skip
                 if parts is not None:
                     sums += parts.sum(1, dtype=torch.float64)
-                if g is not None and need_x:
-                    _add_product(sum_x, g, y[c])
-                if g is not None and need_y:
-                    _add_product(sum_y[c], g.T, x[r])
-            if need_x:
+                if col_parts is not None:
+                    sum_col[c] += col_parts.sum(0)
+                if g is not None and needs.x:
+                    add_product(sum_x, g, y[c])
+                if g is not None and needs.y:
+                    add_product(sum_y[c], g.T, x[r])
+            if needs.x:
                 torch.mul(sum_x, factor, out=dx[r])
-        if need_y:
+        if needs.y:
             torch.mul(sum_y, factor, out=dy)
-    return dx, dy, (sums * unit).float()
+    return dx, dy, (sums * unit).float(), sum_col * unit
 
 
 @dataclass(frozen=True)
@@ -215,7 +239,7 @@ class _Call:
 
     tile: configs.Tile
     operands: tuple[Any, Any, Any]
-    teacher: tuple[Any, Any]
+    second: tuple[Any, Any]
     entries: tuple[Tensor | None, ...]
     flags: int
     d: tuple[int, int]
@@ -231,39 +255,26 @@ class _Call:
         arch, processors = device()
         ids = p.row_id is not None and p.col_id is not None
         cheap = statistic.plain and not (ids and statistic.positive_ids)
-        x, y = _aligned(p.x), _aligned(p.y)
+        x, y = aligned(p.x), aligned(p.y)
         kind = (statistic.kind, "ids")[ids] if cheap else "exact"
         how = precision(p.x.dtype)
         tile, tma = configs.choose(kernel, arch, how, x.shape[1], kind), arch >= 90
         operands = tuple(
-            _operand(t, rows, tile.depth, tma) for t, rows in ((x, tile.rows), (y, tile.cols), (y, tile.piece))
+            operand(t, rows, tile.depth, tma) for t, rows in ((x, tile.rows), (y, tile.cols), (y, tile.piece))
         )
-        teacher: tuple[Any, Any] = (None, None)
+        second: tuple[Any, Any] = (None, None)
         depths = x.shape[1], 0
-        if p.teacher_x is not None and p.teacher_y is not None:
-            tx, ty = _aligned(p.teacher_x), _aligned(p.teacher_y)
-            teacher = _operand(tx, tile.rows, tile.depth, tma), _operand(ty, tile.piece, tile.depth, tma)
+        if statistic.second and p.teacher_x is not None and p.teacher_y is not None:
+            tx, ty = aligned(p.teacher_x), aligned(p.teacher_y)
+            second = operand(tx, tile.rows, tile.depth, tma), operand(ty, tile.piece, tile.depth, tma)
             depths = x.shape[1], tx.shape[1]
-        row_id, col_id = _ranks(p.row_id, p.col_id) if p.row_id is not None and p.col_id is not None else (None, None)
-        target = None if p.target is None else p.target.int()
-        factors = (p.row_factor, p.col_factor) if statistic.name == "softmax" else (None, None)
-        entries = (p.scale, p.bias, p.teacher_scale, target, row_id, col_id, *factors)
-        flags = statistic.flags | (IDS.value * ids) | (POSITIVE.value * (ids and statistic.positive_ids))
-        epilogue = statistic.epilogue
+        epilogue, flags = statistic.epilogue, statistic.flags | IDS.value * ids
+        if p.col_bias is not None:
+            flags |= BIASED.value
         fold, pull = (epilogue.FOLD, epilogue.PULL) if cheap else (epilogue.EXACT_FOLD, epilogue.EXACT_PULL)
-        return cls(
-            tile,
-            operands,
-            teacher,
-            entries,
-            flags,
-            depths,
-            tma,
-            how,
-            processors,
-            fold,
-            (*pull, statistic.operands),
-        )
+        pull = (*pull, statistic.operands, not statistic.shift_invariant)
+        entries = _entries(p, statistic)
+        return cls(tile, operands, second, entries, flags, depths, tma, how, processors, fold, pull)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -285,91 +296,25 @@ class _Call:
         if g is None or not self.tma:
             return g, g
         rows, wide = self.tile.rows, plan.half(self.tile.cols)
-        return _descriptor(g, rows, wide), _descriptor(g, rows, self.tile.piece)
+        return descriptor(g, rows, wide), descriptor(g, rows, self.tile.piece)
 
 
-def precision(dtype: torch.dtype) -> str:
-    """How products of scores are made: "half", or of fp32 as `torch.set_float32_matmul_precision` says.
-
-    "highest" is IEEE, "high" three TF32 products for one, "medium" TF32. Of torch's newer setting of its own,
-    `torch.backends.cuda.matmul.fp32_precision`, "tf32" is TF32 and all else IEEE.
-    """
-    if dtype != torch.float32:
-        return "half"
-    try:
-        return {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}[torch.get_float32_matmul_precision()]
-    except RuntimeError:  # the newer setting is in use, and torch refuses to translate
-        return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+def _entries(p: Problem, statistic: Softmax | Hinge | Sigmoid) -> tuple[Tensor | None, ...]:
+    """What `kernels/scores.py` looks up of rows, columns and the whole problem, in its order."""
+    row_id, col_id = ranks(p.row_id, p.col_id) if p.row_id is not None and p.col_id is not None else (None, None)
+    target = None if p.target is None else p.target.int()
+    # the weights of a sweep are operands of its G
+    factors = (None, None) if isinstance(statistic, Sigmoid) else (p.row_factor, p.col_factor)
+    more = (None if t is None else t.contiguous() for t in (p.col_bias, p.row_limit, p.col_limit, p.numbers))
+    return p.scale, p.bias, p.teacher_scale, target, row_id, col_id, *factors, *more
 
 
-def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """`out += a @ b` with fp32 accumulation by the library."""
-    if a.dtype == torch.float32 or not out.is_cuda:
-        out.addmm_(a.float(), b.float())
-    else:
-        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
-
-
-def _merge(parts: Tensor, state: Tensor, statistic: Softmax, fold: Any, onto: bool) -> None:
+def _merge(parts: Tensor, state: Tensor, statistic: Softmax | Hinge, fold: Any, onto: bool) -> None:
     count, _, length = parts.shape
     merge_kernel[(plan.ceil(length, MERGE_BLOCK),)](
         parts, state, count, length, state.stride(0), fold, statistic.flags, onto, MERGE_BLOCK,
         num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
-
-
-def _aligned(t: Tensor) -> Tensor:
-    """The same features with rows of a multiple of 16 bytes; the zeros that are added change no product."""
-    missing = -t.shape[1] % (16 // t.element_size())
-    if missing:
-        return F.pad(t, (0, missing))
-    return t if t.data_ptr() % 16 == 0 else t.clone()
-
-
-def _operand(t: Tensor, rows: int, depth: int, tma: bool) -> Any:
-    return _descriptor(t, rows, depth) if tma else t
-
-
-def _descriptor(t: Tensor, rows: int, cols: int) -> Any:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    # strides as they ought to be: a tensor of one row may have any
-    stride = t.stride(0) if t.shape[0] > 1 else plan.round_up(t.shape[1], 16)
-    return TensorDescriptor(t, list(t.shape), [stride, 1], [rows, cols])
-
-
-def _ranks(row_id: Tensor, col_id: Tensor) -> tuple[Tensor, Tensor]:
-    """The ids as 32-bit ranks (-1 stays), which cost a kernel half the registers."""
-    ids = torch.cat([row_id, col_id])
-    order = ids.argsort()
-    ordered = ids[order]
-    rank = F.pad((ordered[1:] != ordered[:-1]).int(), (1, 0)).cumsum(0, dtype=torch.int32)
-    rank = torch.empty_like(rank).scatter_(0, order, rank).masked_fill_(ids == -1, -1)
-    return rank[: row_id.shape[0]], rank[row_id.shape[0] :].clone()
-
-
-def _largest(*vectors: Tensor) -> Tensor:
-    return torch.stack([v.abs().amax() if v.numel() else v.new_zeros(()) for v in vectors]).amax()
-
-
-def _unit(size: Tensor, dtype: torch.dtype) -> Tensor:
-    size = torch.where((size > 0) & size.isfinite(), size, 1.0)  # an infinite cotangent spoils its own row only
-    return size / FP16_UNIT if dtype == torch.float16 else size
-
-
-def device() -> tuple[int, int]:
-    """Compute capability times ten, and streaming multiprocessors, of the current GPU."""
-    if _INTERPRETED:
-        return INTERPRETED
-    from triton.runtime import driver
-
-    return _properties(driver.active, driver.active.get_current_device())
-
-
-@functools.cache
-def _properties(active: Any, device: int) -> tuple[int, int]:
-    properties = active.utils.get_device_properties(device)
-    return int(active.get_current_target().arch), int(properties["multiprocessor_count"])
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:

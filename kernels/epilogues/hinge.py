@@ -44,7 +44,7 @@ def merge(a, b, FLAGS: tl.constexpr):
 
 @jit
 def gradient(s, to_col, hit, teacher, row, col, beta, FLAGS: tl.constexpr):
-    """G from the operands of rows and columns: threshold, cotangent. `to_col` are the scores as the columns see them."""
+    """G from the operands of rows and columns (threshold, cotangent); columns see the scores as `to_col`."""
     if FLAGS & ROWS:
         g = tl.where(_excess(s, hit, row[0], 1) > 0.0, tl.expand_dims(row[1], 1), 0.0)
         if FLAGS & COLS:
