@@ -294,6 +294,6 @@ def test_module_holds_the_functions_options(pair):
     assert torch.equal(module(image_features=x, text_features=y, logit_scale=10.0), expected)
     assert "label_smoothing=0.1" in repr(module)
     with pytest.raises(
-        TypeError, match="temperature: got an unknown option of CLIPLoss, wanted one of label_smoothing"
+        TypeError, match="temperature: got an unknown option of CLIPLoss, wanted one of positives, filters"
     ):
         CLIPLoss(temperature=1)

@@ -1,6 +1,7 @@
 """The engine itself: fp64 gradcheck of the kernels' maths, invariances, the op boundary, torch.compile."""
 
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,22 +14,33 @@ from fastvlm_loss.engine import tile
 from fastvlm_loss.engine.dispatch import resolve
 from fastvlm_loss.engine.ops import GRADIENT, KEPT_PRODUCTS, STATISTICS, SWEEP
 from fastvlm_loss.losses import registry
+from fastvlm_loss.scores import filters
 from fastvlm_loss.scores.problem import Problem
-from fastvlm_loss.scores.statistics import Softmax
+from fastvlm_loss.scores.statistics import Hinge, Softmax
+from fastvlm_loss.testing import Case, evaluate, inputs
 
 LIVE = ["torch"] + ([] if cpp.unavailable() else ["cpp"])
 needs_cpp = pytest.mark.skipif(bool(cpp.unavailable()), reason=cpp.unavailable())
 
 
-@pytest.mark.parametrize("options", range(len(registry["clip_loss"].variants)))
-def test_gradcheck(pair, options):
-    x, y = (t.detach().double().requires_grad_() for t in pair(9, 5))
-    scale, bias = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (5.0, 0.5))
-    g = torch.Generator().manual_seed(0)
-    variant = registry["clip_loss"].variants[options]
-    kw = {k: v(9, 9, torch.device("cpu"), g) if callable(v) else v for k, v in variant.items()}
+def smooth(options):
+    """Whether the gradient is by intention not that of the value: something is detached that depends on it."""
+    own_scale = "teacher_image_features" in options and "teacher_scale" not in options
+    return not options.get("detach_weights") and not own_scale
+
+
+VARIANTS = [(spec, k) for spec in registry.values() for k, o in enumerate(spec.variants) if smooth(o)]
+
+
+@pytest.mark.parametrize(("spec", "k"), VARIANTS, ids=[f"{spec.name}-{k}" for spec, k in VARIANTS])
+def test_gradcheck(spec, k):
+    case = Case(m=9, d=5, dtype=torch.float64, scale=5.0, bias=0.5, options=spec.variants[k], seed=k)
+    tensors, options = inputs(spec, case)
+    wide = [t.detach().double().requires_grad_() for t in tensors.values()]
     with fastvlm_loss.backend("torch"):
-        assert torch.autograd.gradcheck(lambda *a: clip_loss(*a, **kw), (x, y, scale, bias))
+        assert torch.autograd.gradcheck(
+            lambda *values: spec.function(**dict(zip(tensors, values, strict=True)), **options), wide
+        )
 
 
 def test_any_function_of_the_statistics_differentiates(pair):
@@ -92,9 +104,9 @@ def test_threads_do_not_change_a_bit(pair, dtype):
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
-def arguments(options, pair):
+def arguments(options, pair, build=lambda p: p):
     x, y = pair(20, 8)
-    problem = Problem.of(x, y, 5.0, 1.0, **options)
+    problem = build(Problem.of(x, y, 5.0, 1.0, **options))
     targets = [t for t in problem.targets() if t is not None]
     fields = (t if t is None else t.detach() for t in problem.tensors())
     return (*fields, torch.cat(targets) if targets else None)
@@ -110,14 +122,47 @@ def test_opcheck(pair, live_backend, options):
         torch.library.opcheck(STATISTICS[live_backend], (*problem, "softmax", flags, keep))
         nll, _, state, products = STATISTICS[live_backend](*problem, "softmax", flags, keep)
         cotangents = torch.rand_like(nll), torch.rand_like(nll) if flags & 4 else None
-        for need in ((True, True, True), (False, True, False)):
+        for need in ((True, True, True, True), (False, True, False, False)):
             given = (*problem, state, products, *cotangents, "softmax", flags, *need)
             torch.library.opcheck(GRADIENT[live_backend], given)
+
+
+LIMIT = filters.absolute(0.1)
+OTHERS = {
+    "taught": (lambda p: p.taught(p.x.detach(), p.y.detach(), 2.0), Softmax(teacher=True)),
+    "limited": (lambda p: filters.filtered(p, LIMIT), Softmax(limit=True, hardest=True)),
+    "hard": (lambda p: replace(p, numbers=torch.tensor([0.5, 0.0])), Softmax(hardness=True)),
+    "hinge": (lambda p: p.weighted(None, None), Hinge(hardest=True)),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_opcheck_of_other_statistics(pair, live_backend, name):
+    build, statistic = OTHERS[name]
+    problem, how = arguments({}, pair, build), (statistic.name, statistic.flags)
+    torch.library.opcheck(STATISTICS[live_backend], (*problem, *how, True))
+    nll, _, state, products = STATISTICS[live_backend](*problem, *how, True)
+    cotangents = torch.rand_like(nll), torch.rand_like(nll) if statistic.gap else None
+    torch.library.opcheck(GRADIENT[live_backend], (*problem, state, products, *cotangents, *how, True, True, True, False))
 
 
 def test_opcheck_of_the_sweep(pair):
     for need in ((True, True, True), (False, True, False)):
         torch.library.opcheck(SWEEP["torch"], (*arguments({}, pair)[:-1], *need))
+
+
+@pytest.mark.parametrize("spec", registry.values(), ids=lambda spec: spec.name)
+def test_every_loss_compiles_in_one_graph(spec):
+    torch._dynamo.reset()
+    tensors, options = inputs(spec, Case(m=12, d=8, options=spec.variants[-1], bias=-1.0))
+    compiled = torch.compile(lambda t, o: spec.function(**t, **o), fullgraph=True, backend="aot_eager")
+
+    def call(**given):
+        return compiled({k: given[k] for k in tensors}, {k: given[k] for k in options})
+
+    want, got = evaluate(spec.function, tensors, options), evaluate(call, tensors, options)
+    for name, value in want.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -218,7 +263,7 @@ def test_a_frozen_tower_costs_nothing_in_backward(pair, live_backend, keep, monk
     x, y = pair(20)
     asked = []
     real = GRADIENT[live_backend]
-    monkeypatch.setitem(GRADIENT, live_backend, lambda *a: asked.append(a[-3:-1]) or real(*a))
+    monkeypatch.setitem(GRADIENT, live_backend, lambda *a: asked.append(a[-4:-2]) or real(*a))
     for frozen_x, frozen_y in ((True, False), (False, True), (True, True)):
         a, b = (t.detach() if frozen else t for t, frozen in ((x, frozen_x), (y, frozen_y)))
         scale = torch.tensor(5.0, requires_grad=True)
@@ -227,7 +272,7 @@ def test_a_frozen_tower_costs_nothing_in_backward(pair, live_backend, keep, monk
         assert asked.pop() == (not frozen_x, not frozen_y)
     problem = arguments({}, pair)
     state = STATISTICS[live_backend](*problem, "softmax", 3, keep)[2:]
-    dx, dy, *_ = real(*problem, *state, torch.rand(40), None, "softmax", 3, False, True, True)
+    dx, dy, *_ = real(*problem, *state, torch.rand(40), None, "softmax", 3, False, True, True, False)
     assert dx.shape == (0,) and dy.shape == (20, 8)
 
 
