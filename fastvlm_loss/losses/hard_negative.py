@@ -52,7 +52,7 @@ def hard_negative_clip_loss(
 
     Returns:
         fp32 scalar (fp64 for fp64 features), or per-sample losses for reduction="none". Differentiable in features,
-        scale, bias (0 unless `tau_plus`) and weights.
+        scale, bias (it cancels: 0, or a rounding error with `tau_plus`) and weights.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape, dtype, device or range, named.
@@ -98,10 +98,12 @@ def _oracle(
         positive = (y * z).sum(1) / y.sum(1).clamp(min=1)
         z = z - positive[:, None]  # changes nothing on paper
         w = beta * z - log_sum(beta * z, negative)[:, None] + n.clamp(min=1).log()[:, None]
-        total = torch.exp(log_sum((w.detach() if detach_weights else w) + z, negative))
+        excess = log_sum((w.detach() if detach_weights else w) + z, negative)
         if tau_plus:
-            total = torch.maximum((total - tau_plus * n) / (1 - tau_plus), n * torch.exp(bottom - positive))
-        return torch.where(n > 0, torch.log(alpha_pos + torch.where(n > 0, total, 1.0)), 0.0)
+            total = (excess.exp() - tau_plus * n) / (1 - tau_plus)
+            excess = torch.maximum(total, n * torch.exp(bottom - positive)).log()
+        own = torch.full_like(excess, alpha_pos).log()
+        return torch.where(n > 0, torch.logaddexp(own, torch.where(n > 0, excess, 0.0)), 0.0)
 
     sides = sides_of(s, y, present & ~y & ~same)
     sides = tuple((z, y & live.any(1, keepdim=True), live) for z, y, live in sides)  # type: ignore[assignment]

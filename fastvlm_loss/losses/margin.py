@@ -101,7 +101,7 @@ def _quantile(texts: Tensor, dtype: torch.dtype) -> Tensor:
 def _oracle(
     image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float,
     logit_bias: Tensor | float | None = None, *, text_embeddings: Tensor, margin: float = 0.2,
-    threshold: float = 0.5, label_smoothing: float = 0.0, labels: Tensor | None = None,
+    threshold: float | None = None, label_smoothing: float = 0.0, labels: Tensor | None = None,
     image_ids: Tensor | None = None, text_ids: Tensor | None = None, image_weights: Tensor | None = None,
     directions: str = "both",
 ) -> Tensor:  # fmt: skip
@@ -109,6 +109,9 @@ def _oracle(
     c, s = matrix(image_features, text_features, logit_scale, logit_bias)
     y, present, same = entries(c, labels, image_ids, text_ids)
     t = text_embeddings.detach()
+    if threshold is None:
+        ordered = (t @ t.T).flatten().sort().values
+        threshold = ordered[max(int(0.7 * len(ordered)), 1) - 1].item()
     r = (t if labels is None else t[labels.clamp(min=0)]) @ t.T
     mu = (margin * (1 - r) / (1 - threshold)).clamp(max=margin) if threshold < 1 else torch.full_like(r, margin)
     pair, *_ = entries(c, labels, None, None)

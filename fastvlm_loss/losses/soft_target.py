@@ -39,14 +39,16 @@ def soft_target_clip_loss(
 
     alpha = 1 with a teacher's own scale is the distillation term of open_clip's DistillClipLoss; alpha = 0.4 (ramped up
     from 0) with momentum features and the student's scale is the momentum distillation of ALBEF and BLIP; any pairwise
-    relevance that is a product of features serves as well. Costs 1 + E/D times `clip_loss`.
+    relevance that is a product of features serves as well. The teacher's scores cost E/D of a product forward and as
+    much backward.
 
     Args:
         image_features, text_features, logit_scale, logit_bias: as of `clip_loss`.
         teacher_image_features, teacher_text_features: `[M, E]`, `[N, E]`, the dtype and device of the features.
         teacher_scale: number or tensor `[]` or `[1]`; None takes the student's, without its gradient.
         alpha: in [0, 1], share of the soft targets.
-        teacher_grad: whether the teacher's features and scale have gradients (twice the products of `clip_loss` more).
+        teacher_grad: whether the teacher's features and scale have gradients (for E = D all products of `clip_loss`
+            once more).
         **options: labels, image_ids, text_ids, filters, image_weights, text_weights, directions, normalize (of all
             features), reduction, metrics, group, check_finite as of `clip_loss`. What leaves the candidates leaves the
             teacher's softmax too.
