@@ -35,6 +35,7 @@ class LossSpec:
             with (M, N, device, generator) or, if it has a fifth parameter, also with D.
         names: what the function calls its features, where not image_features and text_features.
         reduction: what the function does by default.
+        not_square: options that it needs besides where M != N.
         cost: products of M x N x D that forward, and forward with backward, cannot do without unless scores are stored.
     """
 
@@ -46,6 +47,7 @@ class LossSpec:
     names: Mapping[str, str] = field(default_factory=dict)
     cost: tuple[int, int] = (1, 4)
     reduction: str = "mean"
+    not_square: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:

@@ -74,8 +74,9 @@ def margin_clip_loss(
         if texts.shape[0] != p.y.shape[0]:
             raise ValueError(f"text_embeddings: got {texts.shape[0]} rows, wanted {p.y.shape[0]} as in text_features")
         own = texts
-        if p.target is not None and texts.shape[0]:  # each image stands at its text
-            own = texts[p.target.clamp(0, texts.shape[0] - 1)]
+        labels = options.get("labels")
+        if labels is not None and texts.shape[0]:  # each image stands at its text, one without a text at 0
+            own = texts[labels.clamp(min=0)] * (labels >= 0)[:, None]
         quantile = _quantile(texts, p.scale.dtype) if a is None else torch.full_like(p.scale, a)
         # m (1 - R) / (1 - a) = at_zero - slope R
         slope = torch.where(quantile < 1, m / torch.where(quantile < 1, 1 - quantile, 1.0), 0.0)
@@ -110,9 +111,10 @@ def _oracle(
     y, present, same = entries(c, labels, image_ids, text_ids)
     t = text_embeddings.detach()
     if threshold is None:
-        ordered = (t @ t.T).flatten().sort().values
+        some = t[torch.linspace(0, len(t) - 1, min(len(t), SAMPLE)).round().long()]
+        ordered = (some @ some.T).flatten().sort().values
         threshold = ordered[max(int(0.7 * len(ordered)), 1) - 1].item()
-    r = (t if labels is None else t[labels.clamp(min=0)]) @ t.T
+    r = (t if labels is None else t[labels.clamp(min=0)] * (labels >= 0)[:, None]) @ t.T
     mu = (margin * (1 - r) / (1 - threshold)).clamp(max=margin) if threshold < 1 else torch.full_like(r, margin)
     pair, *_ = entries(c, labels, None, None)
     s = s + logit_scale * mu * ~pair

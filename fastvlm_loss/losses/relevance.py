@@ -171,6 +171,10 @@ def _oracle(
     return loss
 
 
+def _text_relevance(m: int, n: int, device: torch.device, g: torch.Generator) -> Tensor:
+    return torch.rand(n, generator=g).add(0.05).to(device)
+
+
 def _relevance(m: int, n: int, device: torch.device, g: torch.Generator) -> Tensor:
     return torch.rand(m, generator=g).add(0.05).to(device)
 
@@ -190,5 +194,6 @@ SPEC = register(
             {"image_relevance": _relevance, "mode": "logit", "scope": "row", "raw": True},
             {"image_relevance": _relevance, "mode": "logit", "scope": "shared", "image_ids": some_ids},
         ),
+        not_square={"text_relevance": _text_relevance},
     )
 )  # fmt: skip
