@@ -92,7 +92,7 @@ struct Given {
     p.col_bias = values("col_bias", col_bias, p.n);
     if (flags & (fastvlm::kLimit | fastvlm::kGuide)) {
       p.row_limit = values("row_limit", row_limit, 2 * p.m), p.col_limit = values("col_limit", col_limit, 2 * p.n);
-      STD_TORCH_CHECK(p.row_limit && p.col_limit, "row_limit, col_limit: wanted for these flags, got none");
+      STD_TORCH_CHECK(row_limit && col_limit, "row_limit, col_limit: wanted for these flags, got none");
     }
     if (const float* two = values("numbers", numbers, 2)) p.numbers[0] = two[0], p.numbers[1] = two[1];
     return p;
@@ -117,7 +117,7 @@ const fastvlm::Epilogue& epilogue(const std::string& name, const fastvlm::Proble
   const fastvlm::Epilogue* found = softmax ? fastvlm::core().softmax(p.flags) : fastvlm::core().hinge(p.flags);
   STD_TORCH_CHECK(found, "epilogue: got ", name, " with flags ", p.flags, ", wanted those of one statistic");
   const bool factors = !softmax || p.flags & fastvlm::kFactor;
-  STD_TORCH_CHECK(!factors || (p.row_factor && p.col_factor), "factors: wanted for this epilogue, got none");
+  STD_TORCH_CHECK(!factors || (p.row_factor && p.col_factor) || !p.m || !p.n, "factors: wanted for this epilogue, got none");
   return *found;
 }
 
