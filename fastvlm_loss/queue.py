@@ -22,8 +22,8 @@ class FeatureQueue(torch.nn.Module):
         to_text = clip_loss(image_features, texts, scale, labels=torch.arange(len(image_features)),
                             image_ids=ids, text_ids=text_ids, directions="image")
 
-    and with images likewise, `directions="text"`, the queue's images having the label -1 (`labels` does that). Slots that
-    are not filled, or too old, have the id -1 and are no candidates. Features in the queue have no gradient.
+    and with images likewise, `directions="text"`, the queue's images having the label -1 (`labels` does that). Slots
+    that are not filled, or too old, have the id -1 and are no candidates. Features in the queue have no gradient.
 
     Args:
         size: slots.
@@ -35,7 +35,7 @@ class FeatureQueue(torch.nn.Module):
     Raises:
         TypeError, ValueError: named.
 
-    Source: He et al. 2020 (MoCo), section 3.2; Wang et al. 2020 (XBM), section 3.2; Li et al. 2021 (ALBEF), section 3.2.
+    Source: He et al. 2020 (MoCo), section 3.2; Wang et al. 2020 (XBM), section 3.2; Li et al. 2021 (ALBEF), 3.2.
     """
 
     features: Tensor

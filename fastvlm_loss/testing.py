@@ -75,7 +75,7 @@ def inputs(spec: LossSpec, case: Case) -> tuple[dict[str, Tensor], dict[str, Any
         tensors["logit_scale"] = torch.full(case.scale_shape, case.scale, dtype=small, device=device)
     if case.bias is not None and spec.takes("logit_bias"):
         tensors["logit_bias"] = torch.full(case.scale_shape, case.bias, dtype=small, device=device)
-    options = {}
+    options: dict[str, Any] = {}
     for name, value in case.options.items():
         make = value.make if isinstance(value, Learned) else value
         wide = (case.d,) if callable(make) and len(inspect.signature(make).parameters) > 4 else ()

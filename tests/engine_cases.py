@@ -1,4 +1,4 @@
-"""Everything that can be asked of the engine, on any backend, against the dense backend in fp64. Used by several tests."""
+"""Everything that can be asked of the engine, on any backend and in any dtype. Used by several tests."""
 
 from dataclasses import replace
 

@@ -143,7 +143,9 @@ def test_opcheck_of_other_statistics(pair, live_backend, name):
     torch.library.opcheck(STATISTICS[live_backend], (*problem, *how, True))
     nll, _, state, products = STATISTICS[live_backend](*problem, *how, True)
     cotangents = torch.rand_like(nll), torch.rand_like(nll) if statistic.gap else None
-    torch.library.opcheck(GRADIENT[live_backend], (*problem, state, products, *cotangents, *how, True, True, True, False))
+    torch.library.opcheck(
+        GRADIENT[live_backend], (*problem, state, products, *cotangents, *how, True, True, True, False)
+    )
 
 
 def test_opcheck_of_the_sweep(pair):

@@ -120,7 +120,7 @@ def test_the_share_that_is_taken_out_is_told_and_warned_of(pair):
     x, y = pair(40, noise=3.0)
     c = x @ y.T
     metrics = BatchMetrics()
-    with pytest.warns(UserWarning, match=r"filters: \d+% of the negatives were taken out"):
+    with pytest.warns(UserWarning, match=r"filters: with the ids they took out \d+% of the negatives"):
         clip_loss(x, y, 10.0, filters=filters.above_margin(0.2), metrics=metrics)
     off = ~torch.eye(40, dtype=torch.bool)
     rows, cols = ((z >= c.diagonal()[:, None] - 0.2) & off for z in (c, c.T))

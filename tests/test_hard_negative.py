@@ -41,7 +41,9 @@ def test_equals_the_published_formulation(pair, beta, alpha):
 
 def test_beta_zero_is_clip_loss(pair):
     x, y = pair(30)
-    torch.testing.assert_close(hard_negative_clip_loss(x, y, 10.0, beta=0.0), clip_loss(x, y, 10.0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        hard_negative_clip_loss(x, y, 10.0, beta=0.0), clip_loss(x, y, 10.0), rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("beta", [0.0, 1.0, 30.0])
@@ -117,6 +119,10 @@ def test_finite_at_a_large_scale(pair):
 
 def test_errors(pair):
     x, y = pair(4)
-    for change, message in (({"beta": -1}, "beta: got -1"), ({"tau_plus": 1.0}, "tau_plus"), ({"alpha_pos": -0.1}, "alpha_pos")):
+    for change, message in (
+        ({"beta": -1}, "beta: got -1"),
+        ({"tau_plus": 1.0}, "tau_plus"),
+        ({"alpha_pos": -0.1}, "alpha_pos"),
+    ):
         with pytest.raises(ValueError, match=message):
             hard_negative_clip_loss(x, y, 1.0, **change)

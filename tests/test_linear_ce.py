@@ -52,11 +52,13 @@ def test_ignored_tokens_have_no_gradient_and_no_weight(head):
 
 
 def test_no_token_at_all_is_zero(head):
-    hidden, weight, targets, bias = head
+    hidden, weight, _, bias = head
     for shape in ((6, 9), (0, 9)):
         loss = linear_cross_entropy(hidden[: shape[0]], weight, torch.full(shape, -100), bias)
         assert loss.item() == 0.0  # torch: NaN
-        assert all(not g.any() for g in torch.autograd.grad(loss, (hidden, weight, bias), allow_unused=True) if g is not None)
+        assert all(
+            not g.any() for g in torch.autograd.grad(loss, (hidden, weight, bias), allow_unused=True) if g is not None
+        )
 
 
 def test_token_weights_and_normalizer(head):

@@ -47,7 +47,9 @@ def test_without_duplicates_the_three_are_one(pair):
     ids = torch.randperm(40)
     plain = clip_loss(x, y, 10.0)
     for positives in ("mask", "out", "in"):
-        torch.testing.assert_close(clip_loss(x, y, 10.0, image_ids=ids, positives=positives), plain, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            clip_loss(x, y, 10.0, image_ids=ids, positives=positives), plain, rtol=1e-6, atol=1e-6
+        )
         assert torch.equal(clip_loss(x, y, 10.0, positives=positives), plain)
 
 

@@ -34,9 +34,7 @@ def extended(queue, x, y, ids=None):
     """The image direction of clip_loss with the queue's texts."""
     texts, text_ids = queue.extend(y, ids)
     own = text_ids[: len(y)]
-    return clip_loss(
-        x, texts, 10.0, labels=torch.arange(len(x)), image_ids=own, text_ids=text_ids, directions="image"
-    )
+    return clip_loss(x, texts, 10.0, labels=torch.arange(len(x)), image_ids=own, text_ids=text_ids, directions="image")
 
 
 def test_an_empty_queue_changes_nothing(pair):
@@ -64,9 +62,7 @@ def test_the_other_direction_has_further_rows(pair):
     queue = FeatureQueue(8, 32)
     queue.push(past)
     images, ids = queue.extend(x)
-    loss = clip_loss(
-        images, y, 10.0, labels=queue.labels(10), image_ids=ids, text_ids=ids[:10], directions="text"
-    )
+    loss = clip_loss(images, y, 10.0, labels=queue.labels(10), image_ids=ids, text_ids=ids[:10], directions="text")
     s = 10.0 * y @ torch.cat([x, past.detach()]).T
     torch.testing.assert_close(loss, F.cross_entropy(s, torch.arange(10)))
 

@@ -27,7 +27,7 @@ def finished(problem: Problem, statistic: Softmax | Hinge) -> tuple[Tensor, ...]
         sides.append(_Side(s.T, hit.T, (live & ~out).T, None if t is None else t.T, col))
     parts = [side.hinges() if isinstance(statistic, Hinge) else side.softmax(problem, statistic) for side in sides]
     states = [side.state(statistic) for side in sides]
-    return tuple(torch.cat(vectors, -1) for vectors in [*zip(*parts, strict=True), states])
+    return tuple(torch.cat(list(vectors), -1) for vectors in [*zip(*parts, strict=True), states])
 
 
 def total(problem: Problem, statistic: Sigmoid) -> Tensor:

@@ -164,9 +164,7 @@ class _Tile:
                 measured = beside if position else products
                 assert measured is not None
                 row, col = p.row_limit[position, r, None], p.col_limit[position, None, c]
-                to_row, to_col = (
-                    _without(s, measured > limit, hit) for s, limit in ((to_row, row), (to_col, col))
-                )
+                to_row, to_col = (_without(s, measured > limit, hit) for s, limit in ((to_row, row), (to_col, col)))
         return cls(shifted, to_row, to_col, hit, None if second is None else second / LN2)
 
 

@@ -74,7 +74,7 @@ def _teacher(
     statistic: Any, needs: tuple[bool, ...],
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of the teacher's features and scale: those of the problem in which the two have changed places."""
-    swapped, how = Problem(*problem).swapped(), statistic.swap()
+    swapped, how = Problem.from_tensors(problem).swapped(), statistic.swap()
     gradient: tuple[Tensor, ...] = ops.GRADIENT[backend](
         *swapped.tensors(), targets, how.unbiased(state, problem[BIAS]), state.new_empty(0), *cotangents, how.name,
         how.flags, *needs, False,

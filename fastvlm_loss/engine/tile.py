@@ -102,7 +102,9 @@ def _statistics(p: Problem, statistic: Softmax | Hinge) -> SoftmaxTile:
     if statistic.hardest and max(m, n) > MOST_INDICES:
         raise ValueError(f"image_features: got a batch of {m} x {n}, wanted at most {MOST_INDICES} for indices")
     counts = p.positives() if statistic.positive_ids else p.targets()
-    present = [t for t, wanted in zip(counts, (statistic.rows, statistic.cols), strict=True) if wanted and t is not None]
+    present = [
+        t for t, wanted in zip(counts, (statistic.rows, statistic.cols), strict=True) if wanted and t is not None
+    ]
     targets = torch.cat(present) if present else None
     backend = resolve(p, statistic)
     if backend == "dense":
@@ -141,7 +143,7 @@ def paired(problem: Problem, index: Tensor | None, columns: bool = False) -> Ten
 
 
 def positives(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Score of the target of every row `[M]` and column `[N]`, differentiable; the mean of several, 0 of none; O(N D)."""
+    """Score of the target of every row `[M]` and column `[N]`, differentiable: the mean of several, 0 of none."""
     rows, target = paired(problem, problem.target), problem.target
     if target is None:
         return rows, rows

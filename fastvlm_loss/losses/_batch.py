@@ -17,11 +17,11 @@ from ..scores.problem import Problem
 from ._metrics import BatchMetrics
 from ._reduce import DIRECTIONS, REDUCTIONS, combine, unit_features
 
-__all__ = ["Batch", "Options", "one_process"]
+__all__ = ["Batch", "Options", "Selection", "one_process"]
 
 
-class Options(TypedDict, total=False):
-    """Options that every softmax loss has, as `clip_loss` documents them."""
+class Selection(TypedDict, total=False):
+    """Options of which anchors and candidates take part, as `clip_loss` documents them."""
 
     labels: Tensor | None
     image_ids: Tensor | None
@@ -31,10 +31,15 @@ class Options(TypedDict, total=False):
     text_weights: Tensor | None
     directions: Literal["both", "image", "text"]
     normalize: bool
-    reduction: Literal["mean", "sum", "none"]
     metrics: BatchMetrics | None
     group: None
     check_finite: bool
+
+
+class Options(Selection, total=False):
+    """Options that every softmax loss has, as `clip_loss` documents them."""
+
+    reduction: Literal["mean", "sum", "none"]
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,10 @@ class BatchMetrics:
         if filters and check.readable(self.filtered):
             share = float(self.filtered)
             if share > MUCH:
-                warnings.warn(f"filters: {share:.0%} of the negatives were taken out, more than {MUCH:.0%}", stacklevel=4)
+                warnings.warn(
+                    f"filters: with the ids they took out {share:.0%} of the negatives, more than {MUCH:.0%}",
+                    stacklevel=4,
+                )
 
     def __repr__(self) -> str:
         told = (f"{k}={v.tolist()}" for k, v in vars(self).items() if v is not None and not v.ndim)

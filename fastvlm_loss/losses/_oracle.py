@@ -16,8 +16,8 @@ Side = tuple[Tensor, Tensor, Tensor]  # scores, which are targets, which are can
 
 
 def matrix(
-    image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float, logit_bias: Tensor | float | None = None,
-    normalize: bool = False,
+    image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None = None, normalize: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Products and scores of every entry `[M, N]`."""
     if normalize:

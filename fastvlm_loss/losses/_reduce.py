@@ -66,7 +66,9 @@ def unit_features(
     image_features: Tensor, text_features: Tensor, names: tuple[str, str] = ("image_features", "text_features")
 ) -> tuple[Tensor, Tensor]:
     """Both L2-normalised, differentiably."""
-    image, text = (unit(check.features(name, t)) for name, t in zip(names, (image_features, text_features), strict=True))
+    image, text = (
+        unit(check.features(name, t)) for name, t in zip(names, (image_features, text_features), strict=True)
+    )
     return image, text
 
 

@@ -45,7 +45,7 @@ class LossSpec:
     paper: str
     variants: Sequence[Mapping[str, Any]] = field(default_factory=lambda: ({},))
     names: Mapping[str, str] = field(default_factory=dict)
-    cost: tuple[int, int] = (1, 4)
+    cost: tuple[float, float] = (1, 4)
     reduction: str = "mean"
     not_square: Mapping[str, Any] = field(default_factory=dict)
 

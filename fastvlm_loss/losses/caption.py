@@ -109,7 +109,7 @@ def vqa_loss(
     """
     count = check.whole("images", images, low=1)
     states, targets = _shifted(hidden, tokens, pad_id, prompt_lengths, check.flag("shift", shift), ignore_index)
-    w = check.floating("answer_weights", answer_weights, targets.shape[:-1])
+    w = check.floating("answer_weights", answer_weights, targets.shape[:-1], hidden)
     total = linear_cross_entropy(
         states, weight, targets, bias, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="sum",
         token_weights=w[..., None].expand(targets.shape), group=group,
@@ -125,11 +125,11 @@ def _shifted(
     if hidden.dim() < 2:
         raise ValueError(f"hidden: got shape {list(hidden.shape)}, wanted [..., T, H]")
     shape = hidden.shape[:-1]
-    targets = check.whole_numbers("tokens", tokens, shape)
+    targets = check.whole_numbers("tokens", tokens, shape, hidden)
     if pad_id is not None:
         targets = targets.masked_fill(targets == check.whole("pad_id", pad_id), ignore_index)
     if prompt_lengths is not None:
-        lengths = check.whole_numbers("prompt_lengths", prompt_lengths, shape[:-1])
+        lengths = check.whole_numbers("prompt_lengths", prompt_lengths, shape[:-1], hidden)
         place = torch.arange(shape[-1], device=targets.device)
         targets = targets.masked_fill(place < lengths[..., None], ignore_index)
     return (hidden[..., :-1, :], targets[..., 1:]) if shift else (hidden, targets)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from ..scores import check
@@ -135,7 +134,12 @@ SPEC = register(
             {},
             {"label_smoothing": 0.1},
             {"image_ids": some_ids},
-            {"image_ids": some_ids, "label_smoothing": 0.2, "image_weights": some_weights, "text_weights": some_weights},
+            {
+                "image_ids": some_ids,
+                "label_smoothing": 0.2,
+                "image_weights": some_weights,
+                "text_weights": some_weights,
+            },
             {"directions": "image"},
             {"directions": "text", "label_smoothing": 0.1},
             {"reduction": "sum", "image_weights": Learned(some_weights)},

@@ -87,23 +87,20 @@ def linear_cross_entropy(
         raise ValueError("label_smoothing: got a number above 0 beside a teacher, wanted 0")
     if normalizer is not None and reduction != "mean":
         raise ValueError(f"normalizer: got a value beside reduction={reduction!r}, wanted reduction='mean'")
-    rows = check.tokens("hidden", hidden)
-    shape, x = hidden.shape[:-1], rows
-    target = check.integers("targets", check.shaped("targets", targets, shape), x.shape[0], x)
-    counts = target != ignore_index
-    w = None if token_weights is None else check.shaped("token_weights", token_weights, shape)
-    w = None if w is None else check.vector("token_weights", w, x.shape[0], x, torch.promote_types(x.dtype, torch.float32))
+    x, shape = check.tokens("hidden", hidden), hidden.shape[:-1]
+    count = x.shape[0]
+    target = check.whole_numbers("targets", targets, shape, x).reshape(-1)
+    w = None if token_weights is None else check.floating("token_weights", token_weights, shape, x).reshape(-1)
     teacher = None if teacher_hidden is None else check.tokens("teacher_hidden", teacher_hidden.detach())
-    if teacher is not None and teacher.shape[0] != x.shape[0]:
-        raise ValueError(f"teacher_hidden: got {teacher.shape[0]} tokens, wanted {x.shape[0]} as in hidden")
-    kept = None
+    if teacher is not None and teacher.shape[0] != count:
+        raise ValueError(f"teacher_hidden: got {teacher.shape[0]} tokens, wanted {count} as in hidden")
+    counts, kept = target != ignore_index, None
     if check.readable(counts) and not bool(counts.all()):
         kept = counts.nonzero()[:, 0]
-        x, target, w, teacher = (None if t is None else t[kept] for t in (x, target, w, teacher))
-    assert x is not None and target is not None
-    problem = Problem.of(
-        x, weight, 1.0, labels=_labels(target, ignore_index), names=("hidden", "weight", "targets")
-    )  # fmt: skip
+        x, target = x[kept], target[kept]
+        w, teacher = (None if t is None else t[kept] for t in (w, teacher))
+    labels = _labels(target, ignore_index)
+    problem = Problem.of(x, weight, 1.0, labels=labels, names=("hidden", "weight", "targets"))
     dtype = problem.scale.dtype
     if bias is not None:
         problem = replace(problem, col_bias=check.vector("bias", bias, weight.shape[0], problem.x, dtype).contiguous())
@@ -114,7 +111,7 @@ def linear_cross_entropy(
     losses = t.nll if t.gap is None else t.nll + (eps if teacher is None else share) * t.gap
     if reduction == "none":
         losses = losses if w is None else losses * w.to(dtype)
-        return (losses if kept is None else losses.new_zeros(len(rows)).index_put((kept,), losses)).reshape(shape)
+        return (losses if kept is None else losses.new_zeros(count).index_put((kept,), losses)).reshape(shape)
     weights = (problem.target >= 0).to(dtype) if problem.target is not None else torch.ones_like(losses)
     weights = weights if w is None else weights * w.to(dtype)
     total = (losses * weights).sum()
@@ -122,8 +119,8 @@ def linear_cross_entropy(
         return total
     if normalizer is not None:
         return total / check.scalar("normalizer", normalizer, problem.x, dtype, positive=True)
-    count = weights.sum()
-    return total / torch.where(count == 0, 1.0, count)
+    weight_sum = weights.sum()
+    return total / torch.where(weight_sum == 0, 1.0, weight_sum)
 
 
 def _labels(target: Tensor, ignore_index: int) -> Tensor:
@@ -150,7 +147,8 @@ def _oracle(
     each = w * (z.logsumexp(1) - (q * z).sum(1))
     if reduction == "none":
         return each.reshape(shape)
-    return each.sum() / (torch.where(w.sum() == 0, 1.0, w.sum()) if reduction == "mean" else 1.0)
+    mean: Tensor = each.sum() / torch.where(w.sum() == 0, 1.0, w.sum())
+    return mean if reduction == "mean" else each.sum()
 
 
 def _targets(m: int, n: int, device: torch.device, g: torch.Generator) -> Tensor:
@@ -175,7 +173,7 @@ def _teacher(m: int, n: int, device: torch.device, g: torch.Generator, d: int) -
 
 
 def _teacher_weight(m: int, n: int, device: torch.device, g: torch.Generator, d: int) -> Tensor:
-    return _teacher(n, n, device, g, d) / max(d // 2, 1) ** 0.5
+    return _teacher(n, n, device, g, d).div(max(d // 2, 1) ** 0.5)
 
 
 SPEC = register(

@@ -93,6 +93,8 @@ def relevance_clip_loss(
     if options.get("check_finite"):
         for (name, *_), r in zip(given, found, strict=True):
             check.finite(name, r)
+            if bool((r < 0).any()):
+                raise ValueError(f"{name}: got {r.min().item():g}, wanted values >= 0")
     found = [r if learned else r.detach() for r in found]
     found = found if raw else [_normalised(name, r) for (name, *_), r in zip(given, found, strict=True)]
     rows, cols = found[0], found[-1]
@@ -112,9 +114,7 @@ def relevance_clip_loss(
     return loss
 
 
-def _refuse(
-    mode: str, scope: str, text_relevance: Tensor | None, learned: bool, raw: bool, options: Options
-) -> None:
+def _refuse(mode: str, scope: str, text_relevance: Tensor | None, learned: bool, raw: bool, options: Options) -> None:
     """Combinations without meaning."""
     if mode == "weight" and scope != "anchor":
         raise ValueError(f"scope: got {scope!r} beside mode='weight', wanted mode='logit'")
@@ -184,7 +184,7 @@ SPEC = register(
         function=relevance_clip_loss,
         oracle=_oracle,
         equation="½ Σ_i r_i ℓ_i / Σ r + ½ Σ_j r_j ℓ_j / Σ r, or ℓ of the scores r_i s_ij",
-        paper="specification 3a to 3c",
+        paper="this project; with weights an importance-weighted mean, with factors a temperature of each sample",
         variants=(
             {"image_relevance": _relevance},
             {"image_relevance": Learned(_relevance), "relevance_grad": True, "image_ids": some_ids},

@@ -17,7 +17,7 @@ from ..engine import tile
 from ..engine.tile import SoftmaxTile
 from ..scores import check
 from ..scores.problem import Problem
-from ._batch import Batch, Options
+from ._batch import Batch, Selection
 from ._oracle import entries, matrix, mean_of, sides_of, some_ids
 from ._reduce import REDUCTIONS
 from ._spec import LossSpec, register
@@ -35,7 +35,7 @@ def triplet_loss(
     mining: Literal["sum", "max", "selective"] = "sum",
     epsilon: float = 0.01,
     reduction: Literal["mean", "sum", "none"] | None = None,
-    **options: Unpack[Options],
+    **options: Unpack[Selection],
 ) -> Tensor:
     """Hinges of a margin between each positive and its negatives, without the M x N matrix.
 
@@ -73,7 +73,7 @@ def triplet_loss(
     if reduction is not None:
         check.choice("reduction", reduction, REDUCTIONS)
     published = "mean" if mining == "selective" else "sum"
-    batch = Batch.of(image_features, text_features, 1.0, None, **{**options, "reduction": reduction or published})
+    batch = Batch.of(image_features, text_features, 1.0, None, reduction=reduction or published, **options)
     p, (rows, cols) = batch.problem, (batch.directions != "text", batch.directions != "image")
     positive = tile.positives(p)
     problem = p.weighted(*(side - m for side in positive))

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 __all__ = [
-    "alike", "choice", "features", "finite", "flag", "floating", "integers", "number", "readable", "scalar", "shaped", "tokens",
-    "vector", "whole", "whole_numbers",
+    "alike", "choice", "features", "finite", "flag", "floating", "integers", "number", "readable", "scalar", "shaped",
+    "tokens", "vector", "whole", "whole_numbers",
 ]  # fmt: skip
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)  # all of which int64 holds
@@ -137,16 +137,16 @@ def shaped(name: str, value: object, shape: torch.Size) -> Tensor:
     return value.reshape(-1)
 
 
-def whole_numbers(name: str, value: object, shape: torch.Size) -> Tensor:
-    """An integer tensor of this shape as int64."""
+def whole_numbers(name: str, value: object, shape: torch.Size, like: Tensor) -> Tensor:
+    """An integer tensor of this shape beside `like`, as int64."""
     flat = shaped(name, value, shape)
-    return integers(name, flat, flat.shape[0], flat).reshape(shape)
+    return integers(name, flat, flat.shape[0], like).reshape(shape)
 
 
-def floating(name: str, value: object, shape: torch.Size) -> Tensor:
-    """A floating tensor of this shape."""
+def floating(name: str, value: object, shape: torch.Size, like: Tensor) -> Tensor:
+    """A floating tensor of this shape beside `like`, differentiable."""
     flat = shaped(name, value, shape)
-    return vector(name, flat, flat.shape[0], flat).reshape(shape)
+    return vector(name, flat, flat.shape[0], like).reshape(shape)
 
 
 def _sized(name: str, value: Tensor, length: int, like: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from . import check
 from .pairs import best_of_columns, paired_products
 from .problem import Problem
 
-__all__ = ["Filter", "absolute", "above_margin", "filtered", "guide", "relative", "similar"]
+__all__ = ["Filter", "above_margin", "absolute", "filtered", "guide", "relative", "similar"]
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,9 @@ def filtered(problem: Problem, filters: Filter | Sequence[Filter] | None) -> Pro
     several = [filters] if isinstance(filters, Filter) else list(filters)
     for each in several:
         if not isinstance(each, Filter):
-            raise TypeError(f"filters: got {type(each).__name__} {each!r}, wanted fastvlm_loss.filters.absolute(...) or another")
+            raise TypeError(
+                f"filters: got {type(each).__name__} {each!r}, wanted fastvlm_loss.filters.absolute(...) or another"
+            )
     m, n, dtype = problem.x.shape[0], problem.y.shape[0], problem.scale.dtype
     limits = problem.x.new_full((2, m), torch.inf, dtype=dtype), problem.x.new_full((2, n), torch.inf, dtype=dtype)
     with torch.no_grad():

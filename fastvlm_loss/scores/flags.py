@@ -7,8 +7,8 @@ those that concern which entries are candidates.
 from __future__ import annotations
 
 __all__ = [
-    "COLS", "DETACHED", "FACTOR", "GAP", "GUIDE", "HARDEST", "HARDNESS", "INSIDE", "LIMIT", "MARGIN", "POSITIVE", "ROWS",
-    "SWAPPED", "TEACHER",
+    "COLS", "DETACHED", "FACTOR", "GAP", "GUIDE", "HARDEST", "HARDNESS", "INSIDE", "LIMIT", "MARGIN", "POSITIVE",
+    "ROWS", "SWAPPED", "TEACHER",
 ]  # fmt: skip
 
 ROWS, COLS, GAP, TEACHER, FACTOR, HARDEST = 1, 2, 4, 8, 16, 32

@@ -5,6 +5,7 @@ The one place for validation, dtype, autocast and contiguity. Everything below i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -102,6 +103,11 @@ class Problem:
         x, y = x.contiguous(), y.contiguous()
         return cls(x, _distinct(y, x), scale, bias, target, row_id, col_id)
 
+    @classmethod
+    def from_tensors(cls, tensors: Sequence[Any]) -> Problem:
+        """What `tensors` lists."""
+        return cls(*tensors)
+
     def tensors(self) -> tuple[Tensor | None, ...]:
         """The fields in order, as they travel through the op boundary."""
         return tuple(vars(self).values())[:FIELDS]
@@ -125,7 +131,9 @@ class Problem:
         if self.bias is not None:
             x = torch.cat([x, (factors * self.bias)[:, None]], 1)
             y = F.pad(y, (0, 1), value=1.0)
-        return replace(self, x=x.contiguous(), y=_distinct(y.contiguous(), x), scale=torch.ones_like(self.scale), bias=None)
+        return replace(
+            self, x=x.contiguous(), y=_distinct(y.contiguous(), x), scale=torch.ones_like(self.scale), bias=None
+        )
 
     def taught(self, teacher_image_features: Tensor, teacher_text_features: Tensor, teacher_scale: Any) -> Problem:
         """The same with a teacher's score matrix."""
@@ -213,7 +221,9 @@ def _target(name: str, labels: Tensor | None, x: Tensor, y: Tensor, check_values
     target = check.integers(name, labels, m, x)
     inside = ((target >= -1) & (target < n)).all() if m else None
     of = "text indices" if name == "labels" else "indices"
-    wanted = f"wanted {of} in [0, {n}), or {'-1 for an image without text' if name == 'labels' else 'the one to ignore'}"
+    wanted = (
+        f"wanted {of} in [0, {n}), or {'-1 for an image without text' if name == 'labels' else 'the one to ignore'}"
+    )
     if inside is None:
         return target
     if torch.compiler.is_compiling() or (target.is_cuda and not check_values):

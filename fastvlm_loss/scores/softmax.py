@@ -1,4 +1,4 @@
-"""Softmax statistics of a score matrix: what `kernels/epilogues/softmax.py` folds, begun and ended over O(M + N) vectors."""
+"""Softmax statistics of a score matrix: what `kernels/epilogues/softmax.py` folds, begun and ended."""
 
 from __future__ import annotations
 

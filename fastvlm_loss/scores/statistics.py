@@ -9,7 +9,7 @@ from .statistic import LN2
 
 __all__ = ["LN2", "Hinge", "Sigmoid", "Softmax", "decode", "gradient_dtype"]
 
-_NAMED = {Softmax.name: Softmax, Hinge.name: Hinge}
+_NAMED: dict[str, type[Softmax] | type[Hinge]] = {Softmax.name: Softmax, Hinge.name: Hinge}
 
 
 def decode(name: str, flags: int) -> Softmax | Hinge:
