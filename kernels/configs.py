@@ -25,7 +25,8 @@ class Tile(NamedTuple):
 
 
 # kind: "plain" shares one exponential between the directions, "one" has one direction, "ids" shares behind a mask,
-# "exact" does not share; "sweep" is a loss that is a plain sum
+# "exact" does not share, nor do "beside", which looks at second products, and "heavy", which has two options that
+# need registers; "sweep" is a loss that is a plain sum
 # (kernel, architecture, dtype or precision, largest D, kind): tile
 ANY = 1 << 30
 TABLE: dict[tuple[str, int, str, int, str], Tile] = {
@@ -36,6 +37,7 @@ TABLE: dict[tuple[str, int, str, int, str], Tile] = {
     ("gradient", 80, "half", ANY, "ids"): Tile(128, 128, 32, 16, 8, 3),
     ("forward", 80, "half", ANY, "exact"): Tile(64, 64, 32, 64, 8, 3),
     ("gradient", 80, "half", ANY, "exact"): Tile(64, 64, 32, 64, 8, 3),
+    ("forward", 80, "half", ANY, "beside"): Tile(32, 64, 32, 64, 8, 3),
     ("gradient", 80, "half", ANY, "sweep"): Tile(128, 128, 32, 32, 8, 3),
     # static report: no spills; wide tiles ask the L2 for 48 bytes a clock instead of 64 (docs/kernels.md, prediction 1)
     ("forward", 90, "half", ANY, "plain"): Tile(128, 256, 64, 64, 8, 3),
@@ -45,6 +47,7 @@ TABLE: dict[tuple[str, int, str, int, str], Tile] = {
     ("gradient", 90, "half", ANY, "ids"): Tile(128, 128, 64, 32, 8, 3),
     ("forward", 90, "half", ANY, "exact"): Tile(128, 64, 64, 64, 8, 3),
     ("gradient", 90, "half", ANY, "exact"): Tile(128, 64, 64, 64, 8, 3),
+    ("forward", 90, "half", ANY, "heavy"): Tile(64, 64, 64, 64, 8, 3),
     ("gradient", 90, "half", ANY, "sweep"): Tile(128, 128, 64, 64, 8, 3),
     # static report: no spills
     ("forward", 100, "half", ANY, "plain"): Tile(128, 128, 64, 64, 8, 3),
@@ -94,6 +97,8 @@ TABLE: dict[tuple[str, int, str, int, str], Tile] = {
     ("gradient", 90, "tf32x3", ANY, "sweep"): Tile(128, 64, 32, 64, 8, 3),
 }
 
+# kinds that have rows of their own only where they need them
+OTHERWISE = {"one": "plain", "beside": "exact", "heavy": "exact"}
 _used: dict[str, Tile] = {}
 
 
@@ -105,17 +110,17 @@ def choose(kernel: str, arch: int, precision: str, d: int, kind: str) -> Tile:
         arch: compute capability times ten.
         precision: "half" (bf16, fp16), or how fp32 is multiplied: "ieee", "tf32", "tf32x3".
         d: feature dimension.
-        kind: "plain", "one" (else as "plain"), "ids", "exact" or "sweep".
+        kind: "plain", "one" (else as "plain"), "ids", "exact", "beside" or "heavy" (else as "exact"), or "sweep".
     """
     if kernel in _used:
         tile = _used[kernel]
     else:
         fits = [k for k in TABLE if k[0] == kernel and k[1] <= arch and k[2] == precision and d <= k[3]]
-        rows = [k for k in fits if k[4] == kind] or [k for k in fits if kind == "one" and k[4] == "plain"]
+        rows = [k for k in fits if k[4] in (kind, OTHERWISE.get(kind))]
         if not rows:
             raise ValueError(f"no tile for {kernel}, sm_{arch}, {precision}, D = {d}, {kind}")
         newest = max(k[1] for k in rows)
-        tile = TABLE[min((k for k in rows if k[1] == newest), key=lambda k: k[3])]
+        tile = TABLE[min((k for k in rows if k[1] == newest), key=lambda k: (k[4] != kind, k[3]))]
     return tile._replace(depth=min(tile.depth, max(16, 1 << (d - 1).bit_length())))
 
 

@@ -8,7 +8,7 @@ pytest.importorskip("triton")
 from fastvlm_loss.kernels import configs
 
 from fastvlm_loss.backends import triton as backend
-from fastvlm_loss.scores.statistics import Softmax
+from fastvlm_loss.scores.statistics import Hinge, Softmax
 from tools.devices import DEVICES
 from tools.dryrun import dry_run
 from tools.kernel_cases import problem, step, sweep
@@ -109,15 +109,41 @@ def test_targets(arch, targets):
     assert [k for k, kind in enumerate(pointers) if kind == "*i32"] == wanted
 
 
-OPTIONS = {"gap": Softmax(gap=True), "teacher": Softmax(gap=True, teacher=True), "factor": Softmax(factor=True)}
+OPTIONS = {
+    "gap": Softmax(gap=True),
+    "teacher": Softmax(gap=True, teacher=True),
+    "factor": Softmax(factor=True),
+    "in": Softmax(positives="in"),
+    "hard": Softmax(hardness=True),
+    "hinge": Hinge(),
+    "hardest": Softmax(hardest=True),
+    "margin": Softmax(margin=True),
+    "guide": Softmax(limit=True, guide=True),
+}
 
 
 @by_arch
 @pytest.mark.parametrize("statistic", OPTIONS.values(), ids=OPTIONS)
-def test_options(arch, statistic):
-    launches = made(arch, step, problem(512, 512, 64), statistic)
-    assert names(launches) == ["forward", "merge", "merge", "gradient"]
-    assert_covers(launches, 512, 512)
+def test_options(arch, statistic, small_tiles):
+    launches = made(arch, step, problem(256, 256, 64, targets="ids"), statistic)
+    of_teacher = ["gradient"] * getattr(statistic, "teacher", False)
+    assert names(launches) == ["forward", "merge", "merge", "gradient", *of_teacher]
+    assert_covers(launches, 256, 256)
+
+
+def test_what_is_not_asked_for_is_not_read(small_tiles):
+    plain, biased, hard, limited = (
+        made(90, step, problem(512, 512, 64), statistic, (True, True, True), col_bias)
+        for statistic, col_bias in (
+            (Softmax(), False), (Softmax(), True), (Softmax(hardness=True), False), (Softmax(limit=True), False)
+        )
+    )  # fmt: skip
+    pointers = [{k for k, kind in enumerate(calls[0].signature["entries"]) if kind == "*fp32"} for calls in (
+        plain, biased, hard, limited
+    )]  # fmt: skip
+    assert pointers == [{0}, {0, 8}, {0, 11}, {0, 9, 10}]  # the scale; biases of columns; numbers; limits
+    assert plain[-1].constants["COL_SUMS"] is None and biased[-1].signature["COL_SUMS"] == "*fp32"
+    assert all(calls[0].constants["TX"] is None for calls in (plain, biased, hard, limited))
 
 
 @by_arch

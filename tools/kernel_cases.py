@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastvlm_loss.engine.ops import GRADIENT, STATISTICS, SWEEP
 from fastvlm_loss.scores.problem import Problem
-from fastvlm_loss.scores.statistics import Softmax
+from fastvlm_loss.scores.statistics import Hinge, Softmax
 
 from .devices import DEVICES
 
@@ -47,23 +47,43 @@ def problem(
     return Problem.of(x, y, 1.0, 0.0 if bias else None, labels=labels, image_ids=rows, text_ids=cols)
 
 
-def step(given: Problem, statistic: Softmax, needs: tuple[bool, bool, bool] = (True, True, True)) -> None:
-    """Forward and backward of a statistic through the operators, with the options it wants from the problem.
-
-    `needs` says which of the features and the scale want a gradient; without any there is no backward.
-    """
+def with_options(given: Problem, statistic: Softmax | Hinge, biased: bool = False) -> Problem:
+    """The problem with what a statistic wants of it, and with `biased` a bias of each column."""
+    m, n = given.x.shape[0], given.y.shape[0]
     if statistic.factor:
         given = given.weighted(None, None)
-    if statistic.teacher:
-        given = given.taught(given.x, given.y, 1.0)
-    sides = zip(given.targets(), (statistic.rows, statistic.cols), strict=True)
+    if statistic.second:
+        given = given.beside("teacher", ("", "", ""), given.x, given.y, 1.0, m)
+    if statistic.limit or statistic.guide:
+        given = replace(given, row_limit=torch.zeros(2, m), col_limit=torch.zeros(2, n))
+    if statistic.margin or getattr(statistic, "hardness", False):
+        given = replace(given, numbers=torch.zeros(2))
+    return replace(given, col_bias=torch.zeros(n)) if biased else given
+
+
+def step(
+    given: Problem, statistic: Softmax | Hinge, needs: tuple[bool, bool, bool] = (True, True, True),
+    biased: bool = False,
+) -> None:  # fmt: skip
+    """Forward and backward of a statistic through the operators, with the options it wants from the problem.
+
+    `needs` says which of the features and the scale want a gradient; without any there is no backward. With a teacher
+    backward includes its gradient, with `biased` that of the columns' bias.
+    """
+    given = with_options(given, statistic, biased)
+    counts = given.positives() if statistic.positive_ids else given.targets()
+    sides = zip(counts, (statistic.rows, statistic.cols), strict=True)
     present = [count for count, wanted in sides if wanted and count is not None]
     targets = torch.cat(present) if present else None
     how = statistic.name, statistic.flags
     nll, gap, state, products = STATISTICS["triton"](*given.tensors(), targets, *how, False)
     if any(needs):
         d_gap = gap if gap.numel() else None
-        GRADIENT["triton"](*given.tensors(), targets, state, products, nll, d_gap, *how, *needs)
+        GRADIENT["triton"](*given.tensors(), targets, state, products, nll, d_gap, *how, *needs, biased)
+        if isinstance(statistic, Softmax) and statistic.teacher:
+            swapped = statistic.swap()
+            how = swapped.name, swapped.flags
+            GRADIENT["triton"](*given.swapped().tensors(), targets, state, products, nll, d_gap, *how, *needs, False)
 
 
 def sweep(given: Problem, needs: tuple[bool, bool, bool] = (True, True, True), weighted: bool = False) -> None:
@@ -83,11 +103,39 @@ OPTIONS = {
 TARGETS = ("paired", "labels", "ids")
 # what a torch.set_float32_matmul_precision makes of fp32
 PRECISIONS = {"highest": "fp32", "high": "tf32x3", "medium": "tf32"}
+# the rest of the family, with the targets that each is for
+FAMILY = {
+    "out": (Softmax(positives="out"), ("ids",)),
+    "out smoothed": (Softmax(positives="out", gap=True), ("ids",)),
+    "in": (Softmax(positives="in"), ("ids",)),
+    "hard": (Softmax(hardness=True), ("paired", "ids")),
+    "hinge": (Hinge(), ("paired", "ids")),
+    "margin": (Softmax(margin=True), ("paired", "ids")),
+    "margin smoothed": (Softmax(margin=True, gap=True), ("labels",)),
+    "limit": (Softmax(limit=True), ("paired", "ids")),
+    "limit smoothed": (Softmax(limit=True, gap=True), ("labels",)),
+    "guide": (Softmax(limit=True, guide=True), ("paired", "ids")),
+    "guide smoothed": (Softmax(limit=True, guide=True, gap=True), ("ids",)),
+    "limit taught": (Softmax(limit=True, teacher=True), ("ids",)),
+    "limit hinge": (Hinge(limit=True), ("labels",)),
+    "guide hinge": (Hinge(limit=True, guide=True), ("ids",)),
+    "limit hard": (Softmax(hardness=True, limit=True), ("labels",)),
+    "guide hard": (Softmax(hardness=True, limit=True, guide=True), ("ids",)),
+    "hardest": (Softmax(hardest=True), ("paired", "ids")),
+    "hardest smoothed": (Softmax(hardest=True, gap=True), ("labels",)),
+    "hardest taught": (Softmax(hardest=True, teacher=True), ("ids",)),
+    "hardest in": (Softmax(hardest=True, positives="in"), ("ids",)),
+    "hardest hinge": (Hinge(hardest=True), ("paired", "ids")),
+    "hardest hard": (Softmax(hardest=True, hardness=True), ("ids",)),
+    "hardest guide": (Softmax(hardest=True, limit=True, guide=True), ("ids",)),
+    "hardest margin": (Softmax(hardest=True, margin=True), ("ids",)),
+}
+ONE_WAY = ("in", "hard", "hinge", "margin", "guide", "hardest hinge")  # the largest of each kind, along rows alone
 
 
 def shipped() -> list[Case]:
     """All of them: bf16 in every way at a common width, then the other dtypes and widths in the main ways."""
-    return [*_common(), *_dtypes(), *_widths(), *_partial()]
+    return [*_common(), *_family(), *_dtypes(), *_widths(), *_partial()]
 
 
 def _common() -> Iterator[Case]:
@@ -100,6 +148,19 @@ def _common() -> Iterator[Case]:
                 yield Case(f"{name} {side} {targets} bf16 768", partial(step, given, one))
         yield Case(f"sigmoid {targets} bf16 768", partial(sweep, _biased(given)))
         yield Case(f"sigmoid weighted {targets} bf16 768", partial(sweep, _biased(given), weighted=True))
+
+
+def _family() -> Iterator[Case]:
+    for name, (statistic, several) in FAMILY.items():
+        for targets in several:
+            given = problem(512, 512, 768, targets=targets)
+            yield Case(f"{name} {targets} bf16 768", partial(step, given, statistic))
+            if name in ONE_WAY:
+                yield Case(f"{name} rows {targets} bf16 768", partial(step, given, replace(statistic, cols=False)))
+    rows = Softmax(cols=False)
+    for name, statistic in {"plain": rows, "smoothed": replace(rows, gap=True)}.items():  # a vocabulary's bias
+        given = problem(512, 512, 768, targets="labels")
+        yield Case(f"{name} rows labels biased bf16 768", partial(step, given, statistic, biased=True))
 
 
 def _dtypes() -> Iterator[Case]:

@@ -256,7 +256,7 @@ class _Call:
         ids = p.row_id is not None and p.col_id is not None
         cheap = statistic.plain and not (ids and statistic.positive_ids)
         x, y = aligned(p.x), aligned(p.y)
-        kind = (statistic.kind, "ids")[ids] if cheap else "exact"
+        kind = (statistic.kind, "ids")[ids] if cheap else _exact_kind(statistic)
         how = precision(p.x.dtype)
         tile, tma = configs.choose(kernel, arch, how, x.shape[1], kind), arch >= 90
         operands = tuple(
@@ -297,6 +297,14 @@ class _Call:
             return g, g
         rows, wide = self.tile.rows, plan.half(self.tile.cols)
         return descriptor(g, rows, wide), descriptor(g, rows, self.tile.piece)
+
+
+def _exact_kind(statistic: Softmax | Hinge | Sigmoid) -> str:
+    """The tile of the exact way: by how many options need many registers, and whether a second product does."""
+    several = [getattr(statistic, name, False) for name in ("teacher", "hardness", "hardest")]
+    if sum(several) + (statistic.limit or statistic.guide) > 1:
+        return "heavy"
+    return "beside" if statistic.guide or statistic.margin else "exact"
 
 
 def _entries(p: Problem, statistic: Softmax | Hinge | Sigmoid) -> tuple[Tensor | None, ...]:
