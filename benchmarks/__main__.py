@@ -16,6 +16,7 @@ from fastvlm_loss.losses import registry
 from . import readme, store
 from .baselines import OURS
 from .machine import available_memory, hardware, versions
+from .measure import too_slow
 from .parts import PARTS, Run, run_loss
 from .report import markdown
 from .suite import SUITES
@@ -49,10 +50,14 @@ def _run(asked: argparse.Namespace) -> int:
         print(f"--suite {asked.suite}: no CUDA device here", file=sys.stderr)
         return 2
     torch.set_num_threads(asked.threads)
+    slow = {} if asked.quick or suite.cells else too_slow(suite.dtypes)
+    suite = replace(suite, dtypes=tuple(dtype for dtype in suite.dtypes if dtype not in slow))
     limit = _limit(asked.memory_limit) if torch.device(suite.device).type == "cpu" else None
     repeats = asked.repeats or suite.repeats
     run = Run(suite, repeats, asked.threads, limit, lambda line: print(line, file=sys.stderr, flush=True))
     settings = {"repeats": repeats, "threads": asked.threads, "quick": asked.quick, "memory_limit": limit}
+    if slow:
+        settings["slow"] = {str(dtype).removeprefix("torch."): why for dtype, why in slow.items()}
     machine = hardware(suite.device)
     result: dict[str, Any] = {
         "name": store.slug(machine["gpu"]) if "gpu" in machine else asked.suite,
@@ -72,8 +77,8 @@ def _run(asked: argparse.Namespace) -> int:
 
         result["losses"] = sweep(run, specs, asked.budget, save)
     else:
-        parts = tuple(asked.only or PARTS)
-        result["losses"] = {name: run_loss(run, spec, parts) for name, spec in specs.items()}
+        parts = {name: tuple(asked.only or suite.plan(spec).parts) for name, spec in specs.items()}
+        result["losses"] = {name: run_loss(run, spec, parts[name]) for name, spec in specs.items()}
     _show(result)
     if path is None:
         print("\nNothing saved: not a complete run (--output DIR saves it).")
@@ -117,7 +122,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="tiny sizes, a check that everything runs")
     parser.add_argument("--only", nargs="+", choices=tuple(PARTS), metavar="PART", help=f"parts: {', '.join(PARTS)}")
     parser.add_argument("--losses", nargs="+", choices=tuple(registry), metavar="LOSS", help=f"{', '.join(registry)}")
-    parser.add_argument("--repeats", type=_positive, help="interleaved calls a row (default: 5 on a CPU, 11 on a GPU)")
+    parser.add_argument(
+        "--repeats", type=_positive,
+        help="interleaved calls a row (default: 5 on a CPU, there at most 3 for most losses; 11 on a GPU)",
+    )  # fmt: skip
     parser.add_argument("--device", help="where to run (default: the suite's)")
     parser.add_argument(
         "--budget", type=float, default=300.0, metavar="SECONDS",

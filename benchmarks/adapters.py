@@ -1,4 +1,4 @@
-"""The baselines: each function makes one, called like our loss, or raises `MissingError` with the reason."""
+"""Other people's losses: each function makes one, called like ours, or raises `MissingError` with the reason."""
 
 from __future__ import annotations
 
@@ -8,49 +8,26 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Loss", "MissingError", "attribute", "autocast", "said"]
+from fastvlm_loss import BatchMetrics
 
-Loss = Callable[..., Tensor]
+from .dense import Loss, under_autocast
+
+__all__ = ["MissingError", "attribute", "said"]
 
 
 class MissingError(Exception):
     """A baseline that cannot run here; the message says why."""
 
 
-def clip_dense() -> Loss:
-    """The textbook: all scores, cross-entropy of the rows and of the columns."""
-
-    def loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
-        with autocast(image_features):
-            scores = logit_scale * image_features @ text_features.T
-            labels = torch.arange(len(scores), device=scores.device)
-            return (F.cross_entropy(scores, labels) + F.cross_entropy(scores.T, labels)) / 2
-
-    return loss
-
-
-def siglip_dense() -> Loss:
-    """The textbook: all scores, the sigmoid loss of each, summed over the columns."""
-
-    def loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> Tensor:
-        with autocast(image_features):
-            scores = logit_scale * image_features @ text_features.T + logit_bias
-            signs = 2 * torch.eye(len(scores), device=scores.device, dtype=scores.dtype) - 1
-            return -F.logsigmoid(signs * scores).sum() / len(scores)
-
-    return loss
-
-
-def compiled(make: Callable[[], Loss]) -> Callable[[], Loss]:
+def compiled(loss: Loss) -> Callable[[], Loss]:
     """The same under `torch.compile`, mode default."""
 
     def compile_it() -> Loss:
         settings: Any = importlib.import_module("torch._dynamo.config")
         settings.recompile_limit = 256  # beyond it, sizes would silently run uncompiled
-        result: Loss = torch.compile(make())
+        result: Loss = torch.compile(loss)
         return result
 
     return compile_it
@@ -58,19 +35,78 @@ def compiled(make: Callable[[], Loss]) -> Callable[[], Loss]:
 
 def clip_open_clip() -> Loss:
     """`open_clip.ClipLoss` of one process."""
-    return _under_autocast(attribute("open_clip", "ClipLoss")())
+    return under_autocast(attribute("open_clip", "ClipLoss")())
 
 
 def siglip_open_clip() -> Loss:
     """`open_clip.loss.SigLipLoss` of one process."""
-    return _under_autocast(attribute("open_clip.loss", "SigLipLoss")())
+    return under_autocast(attribute("open_clip.loss", "SigLipLoss")())
 
 
-def clip_linear_cross_entropy() -> Loss:
-    """PyTorch's own, once for each direction."""
-    linear_cross_entropy = attribute("torch.nn.functional", "linear_cross_entropy")
+def soft_target_open_clip() -> Loss:
+    """The distillation term of `open_clip.loss.DistillClipLoss`, of one process."""
+    distill = attribute("open_clip.loss", "DistillClipLoss")()
+
+    def loss(
+        image_features: Tensor, text_features: Tensor, logit_scale: Tensor, teacher_image_features: Tensor,
+        teacher_text_features: Tensor, teacher_scale: float,
+    ) -> Tensor:  # fmt: skip
+        result: Tensor = distill(
+            image_features, text_features, logit_scale, teacher_image_features, teacher_text_features, teacher_scale
+        )[1]
+        return result
+
+    return under_autocast(loss)
+
+
+def with_metrics(ours: Loss) -> Loss:
+    """Our own loss, asked for its by-products too."""
+    return lambda **named: ours(**named, metrics=BatchMetrics())
+
+
+def linear_cross_entropy() -> Loss:
+    """PyTorch's own."""
+    theirs = attribute("torch.nn.functional", "linear_cross_entropy")
     options = attribute("torch.nn", "LinearCrossEntropyOptions")()  # without options it builds all scores
-    return _twice(lambda x, y, labels: linear_cross_entropy(x, y, labels, options=options))
+    return lambda hidden, weight, targets: theirs(hidden, weight, targets, options=options)
+
+
+def cut_cross_entropy() -> Loss:
+    """Cut Cross-Entropy, unfiltered: its filter drops the negatives of a large batch."""
+    theirs = attribute("cut_cross_entropy", "linear_cross_entropy")
+    return lambda hidden, weight, targets: theirs(hidden, weight, targets, filter_eps=None)
+
+
+def liger() -> Loss:
+    """Liger's fused linear cross-entropy; summed in fp32, or the weight's gradient drifts."""
+    fused = attribute("liger_kernel.transformers", "LigerFusedLinearCrossEntropyLoss")(accum_dtype=torch.float32)
+    return lambda hidden, weight, targets: fused(weight, hidden, targets)
+
+
+def twice(make: Callable[[], Loss]) -> Callable[[], Loss]:
+    """A linear cross-entropy as CLIP's loss, once for each direction."""
+
+    def make_both() -> Loss:
+        one = make()
+
+        def loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
+            labels = torch.arange(len(image_features), device=image_features.device)
+            to_text = one(logit_scale * image_features, text_features, labels)
+            to_image = one(logit_scale * text_features, image_features, labels)
+            return (to_text + to_image) / 2
+
+        return loss
+
+    return make_both
+
+
+def left_out(why: str) -> Callable[[], Loss]:
+    """A baseline that is named and not run."""
+
+    def make() -> Loss:
+        raise MissingError(why)
+
+    return make
 
 
 def clip_chunked() -> Loss:
@@ -112,18 +148,6 @@ def clip_memeff() -> Loss:
     return loss
 
 
-def clip_cut_cross_entropy() -> Loss:
-    """Cut Cross-Entropy, once for each direction, unfiltered: its filter drops the negatives of a large batch."""
-    linear_cross_entropy = attribute("cut_cross_entropy", "linear_cross_entropy")
-    return _twice(lambda x, y, labels: linear_cross_entropy(x, y, labels, filter_eps=None))
-
-
-def clip_liger() -> Loss:
-    """Liger's fused linear cross-entropy, once for each direction; summed in fp32, or the weight's gradient drifts."""
-    fused = attribute("liger_kernel.transformers", "LigerFusedLinearCrossEntropyLoss")(accum_dtype=torch.float32)
-    return _twice(lambda x, y, labels: fused(y, x, labels))
-
-
 def siglip_kernel() -> Loss:
     """siglip-kernel, which takes the logarithm of the scale."""
     fused_siglip_loss = attribute("siglip_kernel", "fused_siglip_loss")
@@ -133,12 +157,6 @@ def siglip_kernel() -> Loss:
         return result
 
     return loss
-
-
-def autocast(features: Tensor) -> torch.autocast:
-    """What users of half-precision features run a dense loss under; off for fp32."""
-    half = features.dtype in (torch.bfloat16, torch.float16)
-    return torch.autocast(features.device.type, features.dtype if half else None, enabled=half)
 
 
 def attribute(module: str, name: str) -> Any:
@@ -157,23 +175,3 @@ def attribute(module: str, name: str) -> Any:
 def said(error: Exception) -> str:
     """One line of an exception."""
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-
-
-def _twice(one: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Loss:
-    """A cross-entropy of one direction `(inputs, weights, labels)` as CLIP's loss."""
-
-    def loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
-        labels = torch.arange(len(image_features), device=image_features.device)
-        to_text = one(logit_scale * image_features, text_features, labels)
-        to_image = one(logit_scale * text_features, image_features, labels)
-        return (to_text + to_image) / 2
-
-    return loss
-
-
-def _under_autocast(loss: Loss) -> Loss:
-    def under_autocast(image_features: Tensor, text_features: Tensor, *scalars: Tensor, **named: Tensor) -> Tensor:
-        with autocast(image_features):
-            return loss(image_features, text_features, *scalars, **named)
-
-    return under_autocast

@@ -8,17 +8,27 @@ from contextlib import nullcontext
 from torch import Tensor
 
 from fastvlm_loss import backend
-from fastvlm_loss.losses import LossSpec
+from fastvlm_loss.losses import LossSpec, registry
 
-from . import adapters
-from .adapters import Loss, MissingError, autocast
+from . import adapters, dense
+from .adapters import MissingError
+from .dense import Loss, autocast
 
-__all__ = ["BASELINES", "COMPILED", "DENSE", "OURS", "PEERS", "WITHOUT", "contestants", "makers", "on_backend"]
+__all__ = [
+    "BASELINES", "COMPILED", "DENSE", "METRICS", "OURS", "PEERS", "QUADRATIC", "WITHOUT", "contestants", "makers",
+    "on_backend",
+]  # fmt: skip
 
 OURS, DENSE, COMPILED = "fastvlm_loss", "dense", "dense, torch.compile"
-OPEN_CLIP = {"clip_loss": "open_clip ClipLoss", "siglip_loss": "open_clip SigLipLoss"}
+METRICS = f"{OURS}, with metrics"
+OPEN_CLIP = {
+    "clip_loss": "open_clip ClipLoss",
+    "siglip_loss": "open_clip SigLipLoss",
+    "soft_target_clip_loss": "open_clip DistillClipLoss",
+}
 QUADRATIC = {DENSE, COMPILED, *OPEN_CLIP.values()}  # they hold all scores
 WITHOUT = {"memeff": ("logit_scale",)}  # gradients a baseline does not have
+TORCH_BACKEND = ("clip_loss", "siglip_loss")  # where our slow backend is a row; of the others it would tell no more
 
 
 def contestants(spec: LossSpec, peers: bool = False) -> tuple[dict[str, Loss], dict[str, str]]:
@@ -34,15 +44,15 @@ def contestants(spec: LossSpec, peers: bool = False) -> tuple[dict[str, Loss], d
 
 
 def makers(spec: LossSpec, peers: bool = False) -> dict[str, Callable[[], Loss]]:
-    """How to make each contestant; one may raise `MissingError`.
+    """How to make each contestant, all called by name; one may raise `MissingError`.
 
     `peers` adds the baselines of a GPU and leaves out our slow backend.
     """
-    torch_backend = {} if peers else {f"{OURS}, torch backend": lambda: on_backend(spec, "torch")}
+    slow = spec.name in TORCH_BACKEND and not peers
     return {
         OURS: lambda: spec.function,
-        **torch_backend,
-        DENSE: lambda: on_backend(spec, DENSE),
+        **({f"{OURS}, torch backend": lambda: on_backend(spec, "torch")} if slow else {}),
+        DENSE: lambda: dense.WRITTEN.get(spec.name) or on_backend(spec, DENSE),
         **BASELINES.get(spec.name, {}),
         **(PEERS.get(spec.name, {}) if peers else {}),
     }
@@ -51,36 +61,43 @@ def makers(spec: LossSpec, peers: bool = False) -> dict[str, Callable[[], Loss]]
 def on_backend(spec: LossSpec, name: str) -> Loss:
     """The loss on one of our backends; the dense one under autocast, as users of a dense loss run it."""
 
-    def loss(image_features: Tensor, text_features: Tensor, *scalars: Tensor, **named: Tensor) -> Tensor:
-        with backend(name), autocast(image_features) if name == DENSE else nullcontext():
-            return spec.function(image_features, text_features, *scalars, **named)
+    def loss(**named: Tensor) -> Tensor:
+        with backend(name), autocast(next(iter(named.values()))) if name == DENSE else nullcontext():
+            return spec.function(**named)
 
     return loss
 
 
 BASELINES: dict[str, dict[str, Callable[[], Loss]]] = {
     "clip_loss": {
-        DENSE: adapters.clip_dense,
+        METRICS: lambda: adapters.with_metrics(registry["clip_loss"].function),
         OPEN_CLIP["clip_loss"]: adapters.clip_open_clip,
-        "linear_cross_entropy twice": adapters.clip_linear_cross_entropy,
+        "linear_cross_entropy twice": adapters.twice(adapters.linear_cross_entropy),
         "chunked PyTorch": adapters.clip_chunked,
     },
-    "siglip_loss": {
-        DENSE: adapters.siglip_dense,
-        OPEN_CLIP["siglip_loss"]: adapters.siglip_open_clip,
+    "siglip_loss": {OPEN_CLIP["siglip_loss"]: adapters.siglip_open_clip},
+    "soft_target_clip_loss": {OPEN_CLIP["soft_target_clip_loss"]: adapters.soft_target_open_clip},
+    "hard_negative_clip_loss": {
+        "sentence-transformers MultipleNegativesRankingLoss": adapters.left_out("it brings transformers with it"),
     },
+    "linear_cross_entropy": {"torch linear_cross_entropy": adapters.linear_cross_entropy},
 }
 
 PEERS: dict[str, dict[str, Callable[[], Loss]]] = {
     "clip_loss": {
-        COMPILED: adapters.compiled(adapters.clip_dense),
+        COMPILED: adapters.compiled(dense.clip_loss),
         "Inf-CL": adapters.clip_inf_cl,
         "memeff": adapters.clip_memeff,
-        "Cut Cross-Entropy twice": adapters.clip_cut_cross_entropy,
-        "Liger twice": adapters.clip_liger,
+        "Cut Cross-Entropy twice": adapters.twice(adapters.cut_cross_entropy),
+        "Liger twice": adapters.twice(adapters.liger),
     },
     "siglip_loss": {
-        COMPILED: adapters.compiled(adapters.siglip_dense),
+        COMPILED: adapters.compiled(dense.siglip_loss),
         "siglip-kernel": adapters.siglip_kernel,
+    },
+    "linear_cross_entropy": {
+        COMPILED: adapters.compiled(dense.linear_cross_entropy),
+        "Cut Cross-Entropy": adapters.cut_cross_entropy,
+        "Liger": adapters.liger,
     },
 }

@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvlm_loss.losses import LossSpec
-from fastvlm_loss.testing import evaluate
 
-from .adapters import Loss
 from .baselines import DENSE, WITHOUT, on_backend
+from .dense import Loss
 from .gate import ULPS, Verdict, dense, off
+from .inputs import Inputs
 from .memory import free
 
 __all__ = ["Answer", "answer"]
@@ -45,24 +45,22 @@ class Answer:
         """In words."""
         return "all rows" if self.rows is None else f"{len(self.rows)} rows"
 
-    def judge(self, who: str, tensors: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> Verdict:
+    def judge(self, who: str, given: Inputs, got: Mapping[str, Tensor]) -> Verdict:
         """Loss and gradients of one contestant."""
-        x = tensors["image_features"]
         errors, budgets = {}, {}
         for name, wanted in self.values.items():
             if name in WITHOUT.get(who, ()):
                 continue
             value = got[name] if self.rows is None or not got[name].ndim else got[name][self.rows]
-            errors[name] = off(value, wanted, _owed(name, wanted, self.values["loss"], tensors))
+            errors[name] = off(value, wanted, _owed(name, wanted, self.values["loss"], given.tensors))
             budgets[name] = self.budgets[name] + ULPS * torch.finfo(value.dtype).eps
-        return Verdict(who, str(x.dtype).removeprefix("torch."), len(x), x.shape[1], errors, budgets)
+        return Verdict(who, given.dtype, given.size, errors, budgets)
 
 
 def answer(
-    spec: LossSpec, tensors: Mapping[str, Tensor], gate: Mapping[str, float], forms: Sequence[Loss] = (),
-    full: bool | None = None,
-) -> Answer:  # fmt: skip
-    """The answer for these tensors; `gate` are the errors that the gate allowed, below which nothing is refused here.
+    spec: LossSpec, given: Inputs, gate: Mapping[str, float], forms: Sequence[Loss] = (), full: bool | None = None
+) -> Answer:
+    """The answer for these inputs; `gate` are the errors that the gate allowed, below which nothing is refused here.
 
     Allowed is twice the error of the dense loss in the same dtype, as our backend and as `forms` write it; of sampled
     rows, that of the formula in this dtype. `full` None asks the memory.
@@ -71,24 +69,24 @@ def answer(
         LookupError: too large for a dense loss, and no formula for the rows of this loss.
         ArithmeticError: fp64 and the pass over all rows disagree on the sample.
     """
-    n = len(tensors["image_features"])
+    (m, n, _), tensors, (features, _) = given.size, given.tensors, given.features
     if full is None:
-        full = 8 * SCORES * n * n < MOST * free(tensors["image_features"].device)
+        full = 8 * SCORES * m * n < MOST * free(features.device)
     if full:
         try:
-            exact = evaluate(dense(spec), {k: v.detach().double().requires_grad_() for k, v in tensors.items()}, {})
-            rough = (evaluate(form, tensors, {}) for form in (on_backend(spec, DENSE), *forms))
+            exact = given.double().evaluate(dense(spec))
+            rough = (given.evaluate(form) for form in (on_backend(spec, DENSE), *forms))
             return Answer(exact, _budgets(exact, rough, tensors, gate), None)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
     if spec.name not in ROW_FORMULAS:
-        raise LookupError(f"{n} rows do not fit a dense loss, and no formula for sampled rows of {spec.name}")
+        raise LookupError(f"{m} rows do not fit a dense loss, and no formula for sampled rows of {spec.name}")
     generator = torch.Generator().manual_seed(n)
-    rows = torch.randperm(n, generator=generator)[:ROWS].sort().values.to(tensors["image_features"].device)
+    rows = torch.randperm(n, generator=generator)[:ROWS].sort().values.to(features.device)
     with torch.no_grad():
         formula = ROW_FORMULAS[spec.name](**{k: v.detach() for k, v in tensors.items()})
         exact = formula(rows, torch.float64)
-        budgets = _budgets(exact, [formula(rows, tensors["image_features"].dtype)], tensors, gate)
+        budgets = _budgets(exact, [formula(rows, features.dtype)], tensors, gate)
     noise = ULPS * torch.finfo(torch.float32).eps * tensors["logit_scale"].item()  # of the pass, whose scores are fp32
     return Answer(exact, {name: budget + noise for name, budget in budgets.items()}, rows)
 

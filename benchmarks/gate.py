@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,11 +11,12 @@ from torch import Tensor
 
 from fastvlm_loss import backend
 from fastvlm_loss.losses import LossSpec
-from fastvlm_loss.testing import Case, evaluate, inputs
 
 from .adapters import said
 from .baselines import DENSE, WITHOUT, on_backend
-from .work import work
+from .dense import Loss
+from .inputs import Inputs, inputs
+from .size import Size
 
 __all__ = ["ULPS", "Verdict", "dense", "gate", "off", "survived"]
 
@@ -29,8 +30,7 @@ class Verdict:
 
     contestant: str
     dtype: str
-    n: int
-    d: int
+    size: Size
     errors: dict[str, float]
     budgets: dict[str, float]
     raised: str = ""
@@ -45,32 +45,31 @@ class Verdict:
         """Why it did not pass."""
         over = [name for name, error in self.errors.items() if not error <= self.budgets[name]]
         told = [f"{name} off by {self.errors[name]:.1e}, allowed {self.budgets[name]:.1e}" for name in over]
-        return self.raised or f"wrong at {self.n} x {self.d}: {'; '.join(told)}"
+        return self.raised or f"wrong at {self.size.plain()}: {'; '.join(told)}"
 
     def row(self) -> dict[str, Any]:
         """For the JSON."""
-        return {**asdict(self), "passed": self.passed}
+        found = asdict(self)
+        del found["size"]
+        return {**found, **self.size.row(), "passed": self.passed}
 
 
 def gate(
-    spec: LossSpec, losses: Mapping[str, Callable[..., Tensor]], dtype: torch.dtype, device: str,
-    small: tuple[int, int], moderate: tuple[int, int],
-) -> Iterator[Verdict]:  # fmt: skip
+    spec: LossSpec, losses: Mapping[str, Loss], dtype: torch.dtype, device: str, small: Size, moderate: Size
+) -> Iterator[Verdict]:
     """Judge every contestant at both sizes.
 
     The reference is fp64 on the rounded inputs: the loss's oracle at the small size, the dense backend at the moderate
     one. Allowed is twice the error of the dense loss in the same dtype (under autocast for half precision; as
     our backend and as the baseline write it), the worst of several draws, plus 4 units in the last place of the result.
     """
-    bias = work(spec.name).bias
-    for (m, d), exact in ((small, spec.oracle), (moderate, dense(spec))):
-        draws = (Case(m=m, d=d, dtype=dtype, device=device, bias=bias, seed=seed) for seed in range(DRAWS))
-        cases = [inputs(case)[0] for case in draws]
-        wanted = [evaluate(exact, {k: v.detach().double().requires_grad_() for k, v in c.items()}, {}) for c in cases]
+    for size, exact in ((small, spec.oracle), (moderate, dense(spec))):
+        cases = [inputs(spec, size, dtype, device, seed) for seed in range(DRAWS)]
+        wanted = [case.double().evaluate(exact) for case in cases]
         forms = [on_backend(spec, DENSE), *(losses[k] for k in (DENSE,) if k in losses)]
         allowed = [_worst(form, cases, wanted)[0] for form in forms]
         for name, loss in losses.items():
-            judged = name, str(dtype).removeprefix("torch."), m, d
+            judged = name, str(dtype).removeprefix("torch."), size
             try:
                 errors, ulps = _worst(loss, cases, wanted, WITHOUT.get(name, ()))
             except Exception as error:  # noqa: BLE001 (a peer and its compiler may raise anything)
@@ -81,12 +80,12 @@ def gate(
             yield Verdict(*judged, errors, budgets)
 
 
-def dense(spec: LossSpec) -> Callable[..., Tensor]:
+def dense(spec: LossSpec) -> Loss:
     """The loss on its whole score matrix, in the dtype of the features."""
 
-    def loss(**tensors: Tensor) -> Tensor:
+    def loss(**named: Any) -> Tensor:
         with backend(DENSE):
-            return spec.function(**tensors)
+            return spec.function(**named)
 
     return loss
 
@@ -110,16 +109,15 @@ def off(value: Tensor, reference: Tensor, scalar: Tensor | None = None) -> float
 
 
 def _worst(
-    loss: Callable[..., Tensor], cases: list[dict[str, Tensor]], wanted: list[dict[str, Tensor]],
-    without: tuple[str, ...] = (),
-) -> tuple[dict[str, float], dict[str, float]]:  # fmt: skip
+    loss: Loss, cases: list[Inputs], wanted: list[dict[str, Tensor]], without: tuple[str, ...] = ()
+) -> tuple[dict[str, float], dict[str, float]]:
     errors: dict[str, float] = {}
     ulps: dict[str, float] = {}
-    for tensors, reference in zip(cases, wanted, strict=True):
-        for name, value in evaluate(loss, tensors, {}).items():
+    for case, reference in zip(cases, wanted, strict=True):
+        for name, value in case.evaluate(loss).items():
             if name in without:
                 continue
-            owed = reference["loss"] / tensors[name] if value.numel() == 1 and name != "loss" else None
+            owed = reference["loss"] / case.tensors[name] if value.numel() == 1 and name != "loss" else None
             error = off(value, reference[name], owed)
             # not max(): it would forget a NaN
             errors[name] = error if not error <= errors.get(name, 0.0) else errors.get(name, 0.0)

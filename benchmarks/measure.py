@@ -6,21 +6,21 @@ import functools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import median, quantiles
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastvlm_loss.testing import Case, inputs
+from .inputs import Inputs
 
-__all__ = ["BOTH", "FORWARD", "MODES", "ProductRate", "Timing", "features", "interleaved", "power_law", "step"]
+__all__ = ["BOTH", "FORWARD", "MODES", "ProductRate", "Timing", "interleaved", "power_law", "step", "too_slow"]
 
 Loss = Callable[..., Tensor]
 FORWARD, BOTH = "forward", "forward + backward"
 MODES = (FORWARD, BOTH)
+SLOW = 8  # times slower than fp32
 
 
 @dataclass(frozen=True)
@@ -43,25 +43,12 @@ class Timing:
         return Timing(self.median * factor, self.min * factor, self.spread * factor, self.repeats)
 
 
-def features(n: int, d: int, dtype: torch.dtype, device: str, bias: float | None = None) -> dict[str, Tensor]:
-    """Correlated unit image and text features, a scale and for some losses a bias, all differentiable."""
-    case = Case(m=n, d=d, dtype=dtype, device=device, bias=bias)
-    if torch.device(device).type != "cuda":
-        return inputs(case)[0]
-    g = torch.Generator(device).manual_seed(case.seed)  # there, because a million of them take a minute on a CPU
-    text = F.normalize(torch.randn(n, d, generator=g, device=device), dim=1)
-    image = torch.randn(n, d, generator=g, device=device).mul_(case.noise / d**0.5).add_(text)
-    small = inputs(replace(case, m=1, d=1))[0]  # scale and bias
-    made = {**small, "image_features": F.normalize(image, dim=1).to(dtype), "text_features": text.to(dtype)}
-    return {name: tensor.detach().requires_grad_() for name, tensor in made.items()}
-
-
-def step(loss: Loss, tensors: Mapping[str, Tensor], mode: str) -> tuple[Tensor, ...]:
+def step(loss: Loss, given: Inputs, mode: str) -> tuple[Tensor, ...]:
     """One call: the loss alone, or the gradients of all tensors."""
     if mode == FORWARD:
         with torch.no_grad():
-            return (loss(**tensors),)
-    return torch.autograd.grad(loss(**tensors), tuple(tensors.values()))
+            return (loss(**given.tensors, **given.options),)
+    return torch.autograd.grad(loss(**given.tensors, **given.options), tuple(given.tensors.values()))
 
 
 def interleaved(
@@ -104,6 +91,19 @@ class ProductRate:
         """Make the products."""
         for _ in range(self.products):
             torch.mm(self.a, self.b, out=self.out)
+
+
+def too_slow(dtypes: Sequence[torch.dtype]) -> dict[torch.dtype, str]:
+    """What this CPU has no instructions for, and why: a dense loss would take minutes a call."""
+
+    def rate(dtype: torch.dtype) -> float:
+        a, b = torch.randn(2, 384, 384).to(dtype)
+        seconds = interleaved({"": lambda: torch.mm(a, b)}, 2, "cpu")[""].min
+        return 2 * 384**3 / seconds
+
+    usual = rate(torch.float32)
+    rates = {dtype: rate(dtype) for dtype in dtypes}
+    return {d: f"torch.mm makes {r / 1e9:.1f} GFlop/s here" for d, r in rates.items() if r < usual / SLOW}
 
 
 def power_law(sizes: Sequence[int], values: Sequence[float]) -> tuple[float, float]:

@@ -23,14 +23,15 @@ from torch import Tensor
 from fastvlm_loss.losses import registry
 
 from .baselines import makers
-from .measure import BOTH, features, step
-from .work import work
+from .inputs import inputs
+from .measure import BOTH, step
+from .size import Size
 
 __all__ = ["Peak", "extra", "free", "peak"]
 
 ROOT = Path(__file__).parents[1]
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-WARMUP = (64, 64)
+WARMUP = Size.square(64, 64)
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,12 @@ class Peak:
 
 
 def peak(
-    loss: str, contestant: str, n: int, d: int, dtype: torch.dtype,
+    loss: str, contestant: str, size: Size, dtype: torch.dtype,
     *, device: str, threads: int, limit: int | None = None,
 ) -> Peak:  # fmt: skip
     """Measure the forward and backward of one contestant at one size."""
     asked = {
-        "loss": loss, "contestant": contestant, "n": n, "d": d, "dtype": str(dtype).removeprefix("torch."),
+        "loss": loss, "contestant": contestant, "size": size, "dtype": str(dtype).removeprefix("torch."),
         "device": device, "threads": threads, "limit": limit,
     }  # fmt: skip
     command = [sys.executable, "-m", f"{__package__}.memory", json.dumps(asked)]
@@ -60,7 +61,7 @@ def peak(
 
 
 def _child(
-    loss: str, contestant: str, n: int, d: int, dtype: str, device: str, threads: int, limit: int | None
+    loss: str, contestant: str, size: list[int], dtype: str, device: str, threads: int, limit: int | None
 ) -> Peak:
     if limit is not None:
         import resource
@@ -69,10 +70,9 @@ def _child(
     torch.set_num_threads(threads)
     call = makers(registry[loss])[contestant]()
     kind: torch.dtype = getattr(torch, dtype)
-    bias = work(loss).bias
-    step(call, features(*WARMUP, kind, device, bias), BOTH)
-    tensors = features(n, d, kind, device, bias)
-    return Peak(extra(lambda: step(call, tensors, BOTH), device)[1])
+    step(call, inputs(registry[loss], WARMUP, kind, device), BOTH)
+    given = inputs(registry[loss], Size(*size), kind, device)
+    return Peak(extra(lambda: step(call, given, BOTH), device)[1])
 
 
 def extra(call: Callable[[], tuple[Tensor, ...]], device: str) -> tuple[tuple[Tensor, ...], int]:

@@ -8,22 +8,23 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from fastvlm_loss.losses import LossSpec
+from fastvlm_loss.losses import LossSpec, registry
 
-from .adapters import Loss
 from .baselines import DENSE, OURS, contestants
+from .dense import Loss
 from .gate import gate
-from .measure import BOTH, MODES, ProductRate, features, interleaved, power_law, step
+from .inputs import Inputs, clip_inputs, inputs
+from .measure import BOTH, MODES, ProductRate, interleaved, power_law, step
 from .memory import peak
+from .size import Size
 from .suite import Suite
 from .work import Work, work
 
-__all__ = ["LIMIT", "PARTS", "Entry", "Run", "admit", "line", "run_loss", "times"]
+__all__ = ["CLIP", "LIMIT", "PARTS", "Entry", "Run", "admit", "line", "run_loss", "times"]
 
 Row = dict[str, Any]
-LIMIT = "limit"
+LIMIT, CLIP = "limit", "clip_loss"  # timed beside the contestants
 LONG = 5e11  # operations from which one call, without warm-up, is enough
 
 
@@ -51,10 +52,10 @@ class Entry:
         """What the loss has to compute at the least."""
         return work(self.spec.name)
 
-    def row(self, contestant: str, n: int, d: int, mode: str) -> Row:
+    def row(self, contestant: str, size: Size, mode: str = BOTH) -> Row:
         """The keys that every row has."""
         kind = str(self.dtype).removeprefix("torch.")
-        return {"contestant": contestant, "dtype": kind, "n": n, "d": d, "mode": mode}
+        return {"contestant": contestant, "dtype": kind, **size.row(), "mode": mode}
 
 
 def run_loss(run: Run, spec: LossSpec, parts: tuple[str, ...]) -> dict[str, Any]:
@@ -73,7 +74,7 @@ def run_loss(run: Run, spec: LossSpec, parts: tuple[str, ...]) -> dict[str, Any]
 def admit(run: Run, spec: LossSpec, dtype: torch.dtype, losses: dict[str, Loss], result: dict[str, Any]) -> Entry:
     """The gate: who computes the loss in this dtype; the others go to `result["refused"]` with the reason."""
     passed = dict(losses)
-    for verdict in gate(spec, losses, dtype, run.suite.device, *run.suite.gate):
+    for verdict in gate(spec, losses, dtype, run.suite.device, *run.suite.shapes(spec).gate):
         result["gate"].append(verdict.row())
         if not verdict.passed and verdict.contestant in passed:
             del passed[verdict.contestant]
@@ -83,58 +84,64 @@ def admit(run: Run, spec: LossSpec, dtype: torch.dtype, losses: dict[str, Loss],
 
 
 def times(
-    run: Run, entry: Entry, tensors: dict[str, Tensor], mode: str, rounds: int, warmup: int = 1, block: int = 1
-) -> Iterator[Row]:
-    """Everyone's time on the same tensors, and the limit's between them."""
-    n, d = tensors["image_features"].shape
-    rate = ProductRate(entry.work.operations(mode, n, d), entry.dtype, run.suite.device)
-    calls = {name: partial(step, loss, tensors, mode) for name, loss in entry.losses.items()}
-    timings = interleaved({LIMIT: rate, **calls}, rounds, run.suite.device, warmup, block)
+    run: Run, entry: Entry, given: Inputs, mode: str, rounds: int, warmup: int = 1, block: int = 1,
+    beside: bool = False,
+) -> Iterator[Row]:  # fmt: skip
+    """Everyone's time on the same inputs, between them the limit's and, if asked (`beside`), the plain clip_loss's."""
+    rate = ProductRate(entry.work.operations(mode, given.size), entry.dtype, run.suite.device)
+    calls: dict[str, Callable[[], object]] = {LIMIT: rate}
+    if beside and entry.spec.name != CLIP and not entry.spec.names:
+        calls[CLIP] = partial(step, registry[CLIP].function, clip_inputs(given), mode)
+    calls |= {name: partial(step, loss, given, mode) for name, loss in entry.losses.items()}
+    timings = interleaved(calls, rounds, run.suite.device, warmup, block)
     least = timings[LIMIT].scaled(rate.factor)
     for name, timing in {**timings, LIMIT: least}.items():
-        yield {**entry.row(name, n, d, mode), **asdict(timing), "over_limit": timing.median / least.median}
+        yield {**entry.row(name, given.size, mode), **asdict(timing), "over_limit": timing.median / least.median}
 
 
-def _times(run: Run, entry: Entry, n: int, d: int, *how: Any) -> Iterator[Row]:
-    return times(run, entry, features(n, d, entry.dtype, run.suite.device, entry.work.bias), *how)
+def _times(run: Run, entry: Entry, size: Size, *how: Any) -> Iterator[Row]:
+    return times(run, entry, inputs(entry.spec, size, entry.dtype, run.suite.device), *how)
 
 
 def _speed(run: Run, entry: Entry) -> Iterator[Row]:
-    for n, d in run.suite.sizes:
-        for mode in MODES:
-            yield from _times(run, entry, n, d, mode, run.repeats)
+    plan = run.suite.plan(entry.spec)
+    for size in run.suite.sizes(entry.spec):
+        for mode in plan.modes:
+            yield from _times(run, entry, size, mode, min(run.repeats, plan.repeats), 1, 1, True)
 
 
 def _small(run: Run, entry: Entry) -> Iterator[Row]:
     for n in run.suite.small:
         for mode in MODES:
             rounds = run.suite.small_rounds * run.repeats
-            yield from _times(run, entry, n, run.suite.small_dim, mode, rounds, 1, run.suite.small_block)
+            size = Size.square(n, run.suite.small_dim)
+            yield from _times(run, entry, size, mode, rounds, 1, run.suite.small_block)
 
 
 def _memory(run: Run, entry: Entry) -> Iterator[Row]:
-    for n, d in run.suite.sizes:
+    for size in run.suite.sizes(entry.spec):
         for name in entry.losses:
-            yield _peak(run, entry, name, n, d, None)
+            yield _peak(run, entry, name, size, None)
 
 
 def _growth(run: Run, entry: Entry) -> Iterator[Row]:
     # one dtype, ours and dense only: the large sizes take a minute a call
     if entry.dtype != run.suite.dtypes[0]:
         return
-    d, both = run.suite.growth_dim, {name: entry.losses[name] for name in (OURS, DENSE) if name in entry.losses}
+    both = {name: entry.losses[name] for name in (OURS, DENSE) if name in entry.losses}
     for n in run.suite.growth:
-        peaks = {name: _peak(run, entry, name, n, d, run.limit) for name in both}
+        size = Size.square(n, run.suite.growth_dim)
+        peaks = {name: _peak(run, entry, name, size, run.limit) for name in both}
         alive = replace(entry, losses={k: v for k, v in both.items() if peaks[k]["extra"] is not None})
-        rounds, warmup = (1, 0) if entry.work.operations(BOTH, n, d) >= LONG else (run.repeats, 1)
-        for row in _times(run, alive, n, d, BOTH, rounds, warmup):
+        rounds, warmup = (1, 0) if entry.work.operations(BOTH, size) >= LONG else (run.repeats, 1)
+        for row in _times(run, alive, size, BOTH, rounds, warmup):
             yield {**peaks.pop(row["contestant"], {}), **row}
         yield from peaks.values()  # the dead, without a time
 
 
-def _peak(run: Run, entry: Entry, name: str, n: int, d: int, limit: int | None) -> Row:
-    found = peak(entry.spec.name, name, n, d, entry.dtype, device=run.suite.device, threads=run.threads, limit=limit)
-    return {**entry.row(name, n, d, BOTH), "extra": found.extra, "died": found.died}
+def _peak(run: Run, entry: Entry, name: str, size: Size, limit: int | None) -> Row:
+    found = peak(entry.spec.name, name, size, entry.dtype, device=run.suite.device, threads=run.threads, limit=limit)
+    return {**entry.row(name, size), "extra": found.extra, "died": found.died}
 
 
 def _fits(run: Run, result: dict[str, Any]) -> Iterator[Row]:
@@ -154,7 +161,7 @@ def line(row: Row) -> str:
     """For the log."""
     time = f"{row['median'] * 1e3:.3f} ms ({row['over_limit']:.2f} x limit)" if "median" in row else ""
     extra = f"{row['extra'] / 1e6:.1f} MB extra" if row.get("extra") is not None else row.get("died", "")
-    size = f"{row['n']} x {row['d']} {row['dtype']} {row['mode']}"
+    size = f"{Size.of(row).plain()} {row['dtype']} {row['mode']}"
     return f"{size}, {row['contestant']}: {', '.join(v for v in (time, extra) if v)}"
 
 

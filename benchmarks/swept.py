@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from .baselines import OURS
+from .costs import sized
 from .measure import BOTH
+from .size import Size
 from .tables import SHORT, amount, duration, held, labelled, table, where
 
 __all__ = ["conditions", "every_size", "notes"]
@@ -17,31 +19,30 @@ def every_size(loss: dict[str, Any], kind: str) -> str:
     rows = list(where(loss["speed"], dtype=kind, mode=BOTH))
     others = [who for who in dict.fromkeys(r["contestant"] for r in rows) if who not in (OURS, "limit")]
     lines = []
-    for ours in sorted(where(rows, contestant=OURS), key=lambda r: (r["n"], r["d"])):
-        size = {"n": ours["n"], "d": ours["d"]}
-        line = [f"{ours['n']} × {ours['d']}", duration(ours["median"]), f"{ours['over_limit']:.2f}"]
+    for size, ours in sorted(((Size.of(r), r) for r in where(rows, contestant=OURS)), key=lambda pair: pair[0]):
+        line = [size.short(), duration(ours["median"]), f"{ours['over_limit']:.2f}"]
         for who in others:
-            other = next(where(rows, contestant=who, **size), None)
+            other = next(where(sized(rows, size), contestant=who), None)
             line.append(f"{other['median'] / ours['median']:.2f}" if other else "")
-        peak = next(where(loss["memory"], contestant=OURS, dtype=kind, **size), None)
+        peak = next(where(sized(loss["memory"], size), contestant=OURS, dtype=kind), None)
         lines.append([*line, held(peak)])
-    return table(["N × D", labelled(OURS), "× limit", *others, "extra memory"], lines)
+    return table(["size", labelled(OURS), "× limit", *others, "extra memory"], lines)
 
 
-def notes(loss: dict[str, Any], headline: list[list[int]]) -> Iterator[str]:
+def notes(loss: dict[str, Any], headline: Sequence[Size]) -> Iterator[str]:
     """What the first call cost, who was not right or not run at the sizes of the tables, which sizes were not reached.
 
     Missing and refused baselines are named elsewhere.
     """
     for row in loss["first_calls"][:1]:
-        told = f"The first call of {OURS} ({row['n']} × {row['d']}, {SHORT[row['dtype']]}) took {row['seconds']:.3g} s"
+        told = f"The first call of {OURS} ({Size.of(row).short()}, {SHORT[row['dtype']]}) took {row['seconds']:.3g} s"
         counted = row["compiled"] is not None
         yield told + (f": {row['compiled']} kernels compiled, {row['from_cache']} from the cache." * counted or ".")
     for row in loss["left_out"]:
-        if [row["n"], row["d"]] in [list(size) for size in headline]:
-            yield f"Left out at {row['n']} × {row['d']}, {SHORT[row['dtype']]}: {row['contestant']} ({row['why']})."
+        if Size.of(row) in headline:
+            yield f"Left out at {Size.of(row).short()}, {SHORT[row['dtype']]}: {row['contestant']} ({row['why']})."
     if late := loss["not_reached"]:
-        sizes = ", ".join(f"{r['n']} × {r['d']} {SHORT[r['dtype']]} ({r['why']})" for r in late)
+        sizes = ", ".join(f"{Size.of(r).short()} {SHORT[r['dtype']]} ({r['why']})" for r in late)
         yield f"Not reached: {sizes}."
 
 
@@ -60,6 +61,6 @@ def conditions(result: dict[str, Any], limit: str) -> str:
         f"{limit} at the rate of `torch.mm` of 8192 × 8192 × 8192 random numbers in the same dtype measured between "
         "them. Extra memory is the peak allocated beyond inputs and gradients. A column under a baseline says how many "
         "times our time it takes. With half-precision features, dense and open_clip run under autocast. Before it was "
-        "timed, everyone's answer was held against fp64: at every size that fp64 can hold all of it, else the loss and "
-        f"sampled rows of the gradients. {gpu}; {packages}; {result['date']}."
+        "timed, everyone's answer was held against fp64: at every size that fp64 can hold all of it, else (of "
+        f"clip_loss and siglip_loss) the loss and sampled rows of the gradients. {gpu}; {packages}; {result['date']}."
     )

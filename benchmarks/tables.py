@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from .baselines import OURS
-from .parts import LIMIT
+from .parts import CLIP, LIMIT
 
 __all__ = ["SHORT", "amount", "duration", "folded", "held", "labelled", "table", "where"]
 
 Row = dict[str, Any]
-LABELS = {LIMIT: "*limit: `torch.mm` alone*", OURS: f"**{OURS}**"}
+LABELS = {LIMIT: "*limit: `torch.mm` alone*", CLIP: "*the plain `clip_loss`*", OURS: f"**{OURS}**"}
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
