@@ -21,6 +21,7 @@ from test_gpu import (
     run,
     text_ids,
 )
+from test_matrix import rounds_again
 
 from fastvlm_loss.backends import triton as backend
 from fastvlm_loss.losses import registry
@@ -86,7 +87,7 @@ def test_hard_inputs_in_many_tiles(spec, name):
 def test_variants_in_many_tiles(spec, dtype):
     found = []
     for k, options in enumerate(spec.variants):
-        if not (options.get("normalize") and dtype.itemsize == 2):
-            with many_tiles(k + DTYPES.index(dtype)):
+        if (k + DTYPES.index(dtype)) % 3 == 0 and not rounds_again(options, dtype):  # each variant in one dtype
+            with many_tiles(k):
                 found += violations(spec, Case(150, 40, dtype=dtype, options=options, backend="triton", seed=k))
     assert not found
