@@ -76,6 +76,8 @@ class FeatureQueue(torch.nn.Module):
         count = x.shape[0]
         own = OWN - 1 - self.pushed - torch.arange(count, device=x.device)
         new = own if ids is None else check.integers("ids", ids, count, x)
+        if not isinstance(step, Tensor):
+            check.whole("step", step)
         stay = min(count, self.size)
         slot = (self.cursor + count - stay + torch.arange(stay, device=x.device)) % self.size
         self.features[slot] = x[count - stay :].to(self.features.dtype)
@@ -108,7 +110,7 @@ class FeatureQueue(torch.nn.Module):
         return torch.cat([x, self.features.to(x.dtype)]), torch.cat([own, self.valid_ids(step)])
 
     def own_ids(self, count: int) -> Tensor:
-        """Ids `[count]` for a batch without any: they equal none of the queue's and none of a user's."""
+        """Ids `[count]` for a batch without any: they equal nobody's, as long as they are not pushed themselves."""
         return OWN + 1 + torch.arange(count, device=self.ids.device)
 
     def labels(self, count: int) -> Tensor:

@@ -137,3 +137,13 @@ def test_errors(pair):
         clip_loss(x, y, 1.0, filters=filters.guide(GUIDE, GUIDE[:7]))
     with pytest.raises(ValueError, match="share: got -1"):
         filters.relative(-1)
+
+
+def test_a_rule_checks_its_features():
+    with pytest.raises(TypeError, match="image_features: got NoneType None"):
+        filters.guide(None, None)
+    x = torch.ones(3, 4)
+    with pytest.raises(TypeError, match="filters: got int 3, wanted"):
+        clip_loss(x, x, 1.0, filters=3)
+    with pytest.raises(ValueError, match="filters' text_features: got NaN"):
+        clip_loss(x, x, 1.0, filters=filters.guide(x, x * torch.nan), check_finite=True)

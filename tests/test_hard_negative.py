@@ -126,3 +126,12 @@ def test_errors(pair):
     ):
         with pytest.raises(ValueError, match=message):
             hard_negative_clip_loss(x, y, 1.0, **change)
+
+
+def test_an_empty_batch_is_zero_and_infinity_is_not_hidden(pair):
+    x, y = pair(6)
+    for tau in (0.0, 0.1):
+        assert hard_negative_clip_loss(x[:0], y[:0], 10.0, tau_plus=tau).item() == 0.0
+        bad = x.detach().clone()
+        bad[3, 2] = torch.inf
+        assert not hard_negative_clip_loss(bad, y, 10.0, tau_plus=tau).isfinite()

@@ -56,6 +56,10 @@ def test_no_token_at_all_is_zero(head):
     for shape in ((6, 9), (0, 9)):
         loss = linear_cross_entropy(hidden[: shape[0]], weight, torch.full(shape, -100), bias)
         assert loss.item() == 0.0  # torch: NaN
+        none = linear_cross_entropy(
+            hidden[: shape[0]], weight, torch.full(shape, -100), bias, normalizer=torch.tensor(0)
+        )
+        assert none.item() == 0.0
         assert all(
             not g.any() for g in torch.autograd.grad(loss, (hidden, weight, bias), allow_unused=True) if g is not None
         )
@@ -70,7 +74,7 @@ def test_token_weights_and_normalizer(head):
     got = linear_cross_entropy(hidden, weight, targets, bias, token_weights=w)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(torch.autograd.grad(got, w)[0], torch.autograd.grad(want, w)[0], rtol=1e-4, atol=1e-5)
-    for size in (100, torch.tensor(100.0)):
+    for size in (100, torch.tensor(100.0), torch.tensor(100)):
         got = linear_cross_entropy(hidden, weight, targets, bias, normalizer=size)
         torch.testing.assert_close(got, each.sum() / 100, rtol=1e-5, atol=1e-5)
 
@@ -138,8 +142,8 @@ def test_answers_sum_tokens_and_average_images(head):
 
 
 ERRORS = [
-    (ValueError, "targets: got 50 at index 7", lambda h, w, t, b: linear_cross_entropy(h, w, t.flatten().index_fill(0, torch.tensor(7), 50).reshape(6, 9), b)),
-    (ValueError, "targets: got -2 at index 0", lambda h, w, t, b: linear_cross_entropy(h, w, torch.full((6, 9), -1), b)),
+    (ValueError, "targets: got 50 at index 7 of 54 tokens", lambda h, w, t, b: linear_cross_entropy(h, w, t.flatten().index_fill(0, torch.tensor(7), 50).reshape(6, 9), b)),
+    (ValueError, "targets: got -1 at index 0", lambda h, w, t, b: linear_cross_entropy(h, w, torch.full((6, 9), -1), b)),
     (ValueError, r"targets: got .*\[9\], wanted shape \[6, 9\]", lambda h, w, t, b: linear_cross_entropy(h, w, t[0], b)),
     (TypeError, "targets: got a float32", lambda h, w, t, b: linear_cross_entropy(h, w, t.float(), b)),
     (ValueError, r"weight: got .*\[50, 3\], wanted D = 16 as in hidden", lambda h, w, t, b: linear_cross_entropy(h, w[:, :3], t, b)),

@@ -92,3 +92,18 @@ def test_errors(pair):
     ):
         with pytest.raises(ValueError, match=message):
             margin_clip_loss(x, y, 1.0, **change)
+
+
+def test_under_autocast_the_threshold_stays_exact(pair):
+    x, y = pair(20)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = margin_clip_loss(x, y, 10.0, text_embeddings=y)
+    half = [t.bfloat16() for t in (x, y)]
+    want = margin_clip_loss(*half, 10.0, text_embeddings=y.bfloat16())
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+
+
+def test_no_text_at_all(pair):
+    x, y = pair(3)
+    loss = margin_clip_loss(x, y[:0], 10.0, text_embeddings=y[:0], labels=torch.full((3,), -1))
+    assert loss.item() == 0.0

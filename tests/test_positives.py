@@ -76,3 +76,12 @@ def test_smoothing_inside_is_refused(pair):
     x, y = pair(4)
     with pytest.raises(ValueError, match="label_smoothing: got a number above 0 beside positives='in'"):
         clip_loss(x, y, 1.0, positives="in", label_smoothing=0.1)
+
+
+def test_several_images_of_a_text_are_inside_without_ids(pair):
+    x, y = pair(12, n=4)
+    labels = torch.tensor([0, 1, 2, 3] * 3)
+    z, hit = 10.0 * y @ x.T, torch.arange(4)[:, None] == labels
+    want = z.logsumexp(1) - z.masked_fill(~hit, -torch.inf).logsumexp(1)
+    got = clip_loss(x, y, 10.0, labels=labels, positives="in", directions="text", reduction="none")
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)

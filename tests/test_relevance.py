@@ -146,3 +146,29 @@ def test_what_makes_no_sense_is_named(pair, options, message):
     x, y = pair(30)
     with pytest.raises(ValueError, match=message):
         relevance_clip_loss(x, y, 10.0, **{"image_relevance": R, **options})
+
+
+def test_a_sample_that_is_taken_out_has_no_part_in_the_mean(pair):
+    x, y = pair(6)
+    r, ids = torch.tensor([1.0, 2, 1, 1, 3, 1000]), torch.tensor([0, 1, 2, 3, 4, -1])
+    for mode in ("weight", "logit"):
+        got = relevance_clip_loss(x, y, 10.0, image_relevance=r, image_ids=ids, mode=mode)
+        want = relevance_clip_loss(x[:5], y[:5], 10.0, image_relevance=r[:5], mode=mode)
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_one_direction_needs_no_relevance_of_the_other(pair):
+    x, y = pair(9, n=5)
+    labels = torch.arange(9) % 5
+    one = {"labels": labels, "reduction": "none", "mode": "logit"}
+    relevance_clip_loss(x, y, 10.0, image_relevance=R[:9], directions="image", **one)
+    relevance_clip_loss(x, y, 10.0, image_relevance=R[:9], scope="row", **one)
+
+
+def test_shared_scores_have_no_cosine_to_filter_by(pair):
+    x, y = pair(30)
+    rule = fastvlm_loss.filters.absolute(0.1)
+    with pytest.raises(ValueError, match="filters: got a value beside scope='shared'"):
+        relevance_clip_loss(x, y, 10.0, image_relevance=R, mode="logit", scope="shared", filters=rule)
+    with pytest.raises(ValueError, match="image_relevance: got -1, wanted values >= 0"):
+        relevance_clip_loss(x, y, 10.0, image_relevance=R.index_fill(0, torch.tensor(3), -1.0), check_finite=True)

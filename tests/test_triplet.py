@@ -106,3 +106,13 @@ def test_errors(pair):
         triplet_loss(x, y, reduction="avg")
     with pytest.raises(ValueError, match=r"text_features: got .*\[4, 3\]"):
         triplet_loss(x, y[:, :3])
+
+
+@pytest.mark.parametrize("mining", FORMS)
+def test_nan_reaches_the_loss_and_nobody_is_no_batch(pair, mining):
+    x, y = pair(12)
+    bad = x.detach().clone()
+    bad[3, 2] = torch.nan
+    assert triplet_loss(bad, y, mining=mining).isnan()
+    empty = triplet_loss(x[:0], y[:0], mining=mining)
+    assert empty.item() == 0.0 and not torch.autograd.grad(empty, x, allow_unused=True)[0].any()

@@ -48,7 +48,9 @@ def no_autocast(device: str) -> AbstractContextManager[object]:
 def factors(problem: Problem, lengths: tuple[int, int]) -> Tensor | None:
     """The factors `[L]` of the rows and columns that a statistic looks at."""
     parts = [f for f, n in zip((problem.row_factor, problem.col_factor), lengths, strict=True) if n and f is not None]
-    return torch.cat(parts) if parts else None
+    if parts:
+        return torch.cat(parts)
+    return None if problem.row_factor is None else problem.row_factor[:0]
 
 
 def _statistics(backend: Any) -> Any:

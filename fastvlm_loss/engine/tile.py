@@ -79,8 +79,10 @@ def softmax(
         hardest: whether the summary has the hardest negative.
     """
     limited = problem.row_limit is not None
+    # without ids only a text with several images has more than one target, whose mean is as of "mask"
+    several = problem.row_id is not None or (positives == "in" and problem.target is not None)
     statistic = Softmax(
-        rows=rows, cols=cols, hardest=hardest, positives=positives if problem.row_id is not None else "mask",
+        rows=rows, cols=cols, hardest=hardest, positives=positives if several else "mask",
         limit=limited, guide=limited and problem.second == "guide", margin=problem.second == "margin", gap=gap,
         teacher=problem.second == "teacher", factor=problem.row_factor is not None, hardness=hard, detached=detached,
     )  # fmt: skip

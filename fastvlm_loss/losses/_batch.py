@@ -60,10 +60,17 @@ class Batch:
         text_ids: Tensor | None = None, filters: Filter | Sequence[Filter] | None = None,
         image_weights: Tensor | None = None, text_weights: Tensor | None = None, directions: str = "both",
         normalize: bool = False, reduction: str = "mean", metrics: BatchMetrics | None = None, group: object = None,
-        check_finite: bool = False,
+        check_finite: bool = False, **unknown: object,
     ) -> Batch:  # fmt: skip
         """Check the public arguments."""
+        for name in unknown:
+            raise TypeError(f"{name}: got an option that this loss does not have, see its documentation")
         check.choice("directions", directions, DIRECTIONS)
+        for name, w, other in (("image_weights", image_weights, "text"), ("text_weights", text_weights, "image")):
+            if w is not None and directions == other:
+                raise ValueError(
+                    f"{name}: got weights beside directions={other!r}, which has no such anchors, wanted None"
+                )
         check.choice("reduction", reduction, REDUCTIONS)
         one_process(group)
         if metrics is not None and not isinstance(metrics, BatchMetrics):
@@ -86,6 +93,10 @@ class Batch:
             for name, w in zip(("image_weights", "text_weights"), weights, strict=True):
                 if w is not None:
                     check.finite(name, w)
+            for rule in filters if isinstance(filters, (list, tuple)) else [filters]:
+                if isinstance(rule, Filter) and rule.image_features is not None and rule.text_features is not None:
+                    check.finite("filters' image_features", rule.image_features)
+                    check.finite("filters' text_features", rule.text_features)
         return cls(filtered(problem, filters), weights, directions, reduction, metrics, filters is not None)
 
     def but(self, **changes: Any) -> Batch:

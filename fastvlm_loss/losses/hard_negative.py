@@ -73,11 +73,12 @@ def hard_negative_clip_loss(
     excess = t.nll  # log N_i - s_ii
     if tau:
         count = t.summary["negatives"].clamp(min=1).log()
-        positive = torch.cat([side for side, length in zip(tile.positives(p), t.lengths, strict=True) if length])
+        asked = t.statistic.rows, t.statistic.cols
+        positive = torch.cat([side for side, wanted in zip(tile.positives(p), asked, strict=True) if wanted])
         left = 1 - tau * (count - excess).clamp(max=80).exp()  # what remains of N_i once false negatives are out
         least = count - p.scale - positive + (0.0 if p.bias is None else p.bias)
         most = excess + torch.where(left > 0, left, 1.0).log() - math.log1p(-tau)
-        excess = torch.where((left > 0) & (most > least), most, least)
+        excess = torch.where((left <= 0) | (most <= least), least, most)  # NaN stays
     losses = excess if alpha == 0 else torch.logaddexp(excess, excess.new_full((), math.log(alpha)))
     return batch.reduce(losses if t.targets is None else torch.where(t.targets > 0, losses, 0.0), t)
 

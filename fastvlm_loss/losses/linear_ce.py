@@ -51,7 +51,8 @@ def linear_cross_entropy(
     gather the tokens that count first where most do not (masked language modelling).
 
     Args:
-        hidden: `[..., H]`, fp64, fp32, bf16 or fp16; under autocast cast to its dtype, as a matmul's operands are.
+        hidden: `[n, H]` or `[..., n, H]`, fp64, fp32, bf16 or fp16; under autocast cast to its dtype, as a matmul's
+            operands are.
         weight: `[V, H]`, same dtype and device.
         targets: int `[...]` as `hidden`, in [0, V) or `ignore_index`.
         bias: `[V]` or None, floating.
@@ -65,6 +66,7 @@ def linear_cross_entropy(
         reduction: "mean" (weighted, over the tokens that count; 0 without any), "sum" or "none" (`[...]`, 0 for ignored
             ones).
         normalizer: of "mean", what the sum is divided by instead: the tokens of all accumulation steps, for instance.
+            Number or tensor; a tensor of 0 counts as 1.
         group: must be None; the loss over a process group is not part of this version.
 
     Returns:
@@ -79,6 +81,7 @@ def linear_cross_entropy(
     eps = check.number("label_smoothing", label_smoothing, low=0.0, below=1.0)
     share = check.number("alpha", alpha, low=0.0, most=1.0)
     check.choice("reduction", reduction, REDUCTIONS)
+    check.whole("ignore_index", ignore_index)
     one_process(group)
     if (teacher_hidden is None) != (teacher_weight is None):
         missing = "teacher_hidden" if teacher_hidden is None else "teacher_weight"
@@ -91,10 +94,15 @@ def linear_cross_entropy(
     count = x.shape[0]
     target = check.whole_numbers("targets", targets, shape, x).reshape(-1)
     w = None if token_weights is None else check.floating("token_weights", token_weights, shape, x).reshape(-1)
-    teacher = None if teacher_hidden is None else check.tokens("teacher_hidden", teacher_hidden.detach())
+    teacher = None if teacher_hidden is None else check.tokens("teacher_hidden", teacher_hidden).detach()
     if teacher is not None and teacher.shape[0] != count:
         raise ValueError(f"teacher_hidden: got {teacher.shape[0]} tokens, wanted {count} as in hidden")
     counts, kept = target != ignore_index, None
+    outside = counts & ((target < 0) | (target >= check.features("weight", weight).shape[0]))
+    if check.readable(outside) and bool(outside.any()):
+        at = int(outside.int().argmax())
+        wanted = f"wanted indices in [0, {weight.shape[0]}), or ignore_index = {ignore_index}"
+        raise ValueError(f"targets: got {int(target[at])} at index {at} of {count} tokens, {wanted}")
     if check.readable(counts) and not bool(counts.all()):
         kept = counts.nonzero()[:, 0]
         x, target = x[kept], target[kept]
@@ -106,7 +114,8 @@ def linear_cross_entropy(
         problem = replace(problem, col_bias=check.vector("bias", bias, weight.shape[0], problem.x, dtype).contiguous())
     if teacher is not None and teacher_weight is not None:
         names = "teacher_hidden", "teacher_weight", "teacher_scale"
-        problem = problem.beside("teacher", names, teacher, teacher_weight.detach(), 1.0, x.shape[0])
+        own = check.features("teacher_weight", teacher_weight).detach()
+        problem = problem.beside("teacher", names, teacher, own, 1.0, x.shape[0])
     t = tile.softmax(problem, cols=False, gap=eps > 0)
     losses = t.nll if t.gap is None else t.nll + (eps if teacher is None else share) * t.gap
     if reduction == "none":
@@ -118,7 +127,10 @@ def linear_cross_entropy(
     if reduction == "sum":
         return total
     if normalizer is not None:
-        return total / check.scalar("normalizer", normalizer, problem.x, dtype, positive=True)
+        if isinstance(normalizer, Tensor) and not normalizer.is_floating_point():
+            normalizer = normalizer.to(dtype)  # a count
+        size = check.scalar("normalizer", normalizer, problem.x, dtype, positive=True)
+        return total / torch.where(size == 0, 1.0, size)
     weight_sum = weights.sum()
     return total / torch.where(weight_sum == 0, 1.0, weight_sum)
 

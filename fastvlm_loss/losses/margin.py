@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Unpack
 
+from ..engine.ops import no_autocast
 from ..scores import check
 from ._batch import Batch, Options
 from ._oracle import entries, log_sum, matrix, mean_of, sides_of, some_ids, some_weights
@@ -22,7 +23,7 @@ from ._spec import LossSpec, register
 
 __all__ = ["margin_clip_loss"]
 
-SAMPLE = 1024  # texts whose similarities stand for those of all
+SAMPLE = 512  # texts whose similarities stand for those of all
 QUANTILE = 0.7
 
 
@@ -49,7 +50,7 @@ def margin_clip_loss(
             No gradient.
         margin: m >= 0, in units of the cosine.
         threshold: a, the similarity from which on the margin shrinks; at 1 or above it never does. None takes the 70th
-            percentile of R, over up to 1024 evenly spaced texts.
+            percentile of R, over up to 512 evenly spaced texts.
         label_smoothing: as of `clip_loss`.
         **options: labels, image_ids, text_ids, filters, image_weights, text_weights, directions, normalize, reduction,
             metrics, group, check_finite as of `clip_loss`; filters without features of their own.
@@ -68,12 +69,12 @@ def margin_clip_loss(
     eps = check.number("label_smoothing", label_smoothing, low=0.0, below=1.0)
     batch = Batch.of(image_features, text_features, logit_scale, logit_bias, **options)
     p = batch.problem
-    with torch.no_grad():
+    with torch.no_grad(), no_autocast(p.x.device.type):
         texts = check.features("text_embeddings", text_embeddings).detach()
         texts = unit(texts) if options.get("normalize") else texts
         if texts.shape[0] != p.y.shape[0]:
             raise ValueError(f"text_embeddings: got {texts.shape[0]} rows, wanted {p.y.shape[0]} as in text_features")
-        own = texts
+        own = texts if texts.shape[0] else texts.new_zeros(p.x.shape[0], texts.shape[1])
         labels = options.get("labels")
         if labels is not None and texts.shape[0]:  # each image stands at its text, one without a text at 0
             own = texts[labels.clamp(min=0)] * (labels >= 0)[:, None]

@@ -83,9 +83,11 @@ def relevance_clip_loss(
     eps = check.number("label_smoothing", label_smoothing, low=0.0, below=1.0)
     learned, raw = check.flag("relevance_grad", relevance_grad), check.flag("raw", raw)
     _refuse(mode, scope, text_relevance, learned, raw, options)
+    if scope == "row":
+        options["directions"] = "image"
     batch = Batch.of(image_features, text_features, logit_scale, logit_bias, **options)
     m, n, dtype = batch.problem.x.shape[0], batch.problem.y.shape[0], batch.problem.scale.dtype
-    if text_relevance is None and m != n and scope == "anchor":
+    if text_relevance is None and m != n and scope == "anchor" and batch.directions != "image":
         raise ValueError(f"text_relevance: got None for {m} images and {n} texts, wanted shape [{n}]")
     given = [("image_relevance", image_relevance, m)]
     given += [] if text_relevance is None else [("text_relevance", text_relevance, n)]
@@ -96,21 +98,24 @@ def relevance_clip_loss(
             if bool((r < 0).any()):
                 raise ValueError(f"{name}: got {r.min().item():g}, wanted values >= 0")
     found = [r if learned else r.detach() for r in found]
-    found = found if raw else [_normalised(name, r) for (name, *_), r in zip(given, found, strict=True)]
-    rows, cols = found[0], found[-1]
+    present = [None if ids is None else ids != -1 for ids in (batch.problem.row_id, batch.problem.col_id)]
+    if not raw:
+        found = [_normalised(name, r, here) for (name, *_), r, here in zip(given, found, present, strict=False)]
+    rows, cols = found[0], found[-1] if len(found[-1]) == n else None
     if mode == "weight":
-        own = tuple(r if w is None else r * w for r, w in zip((rows, cols), batch.weights, strict=True))
+        own = tuple(r if w is None or r is None else r * w for r, w in zip((rows, cols), batch.weights, strict=True))
         batch = batch.but(weights=own)
     elif scope == "shared":
         batch = batch.but(problem=batch.problem.tempered_rows(rows))
     elif scope == "row":
-        batch = batch.but(problem=batch.problem.weighted(rows, None), directions="image")
+        batch = batch.but(problem=batch.problem.weighted(rows, None))
     else:
         batch = batch.but(problem=batch.problem.weighted(rows, cols))
     t = batch.softmax(gap=eps > 0)
     loss = batch.reduce(t.nll if t.gap is None else t.nll + eps * t.gap, t)
     if learned:
-        loss = loss + regularizer * torch.stack([r.log().square().sum() / max(r.shape[0], 1) for r in found]).mean()
+        parts = [_mean(r.log().square(), here) for r, here in zip(found, present, strict=False)]
+        loss = loss + regularizer * torch.stack(parts).mean()
     return loss
 
 
@@ -120,6 +125,10 @@ def _refuse(mode: str, scope: str, text_relevance: Tensor | None, learned: bool,
         raise ValueError(f"scope: got {scope!r} beside mode='weight', wanted mode='logit'")
     if scope != "anchor" and text_relevance is not None:
         raise ValueError(f"text_relevance: got a value beside scope={scope!r}, wanted None or scope='anchor'")
+    if options.get("directions") == "image" and text_relevance is not None:
+        raise ValueError("text_relevance: got a value beside directions='image', wanted None")
+    if scope == "shared" and options.get("filters") is not None:
+        raise ValueError("filters: got a value beside scope='shared', whose scores have no cosine, wanted None")
     if scope == "row" and options.get("directions", "both") == "text":
         raise ValueError("directions: got 'text' beside scope='row', wanted 'image' or 'both'")
     if scope == "row" and options.get("text_weights") is not None:
@@ -130,13 +139,20 @@ def _refuse(mode: str, scope: str, text_relevance: Tensor | None, learned: bool,
         raise ValueError("reduction: got 'none' beside relevance_grad=True, wanted 'mean' or 'sum'")
 
 
-def _normalised(name: str, r: Tensor) -> Tensor:
+def _normalised(name: str, r: Tensor, present: Tensor | None) -> Tensor:
+    """Over its mean and clamped; samples that are not present count with neither."""
     r = torch.where((r >= 0) & (r < torch.inf), r, 0.0)
-    mean = r.sum() / max(r.shape[0], 1)
+    mean = _mean(r, present)
     if r.numel() and check.readable(mean) and float(mean.detach()) == 0:
         warnings.warn(f"{name}: got no positive value, all count as 1", stacklevel=3)
     r = torch.where(mean > 0, r / torch.where(mean > 0, mean, 1.0), 1.0)
     return r.clamp(LOW, HIGH)
+
+
+def _mean(values: Tensor, present: Tensor | None) -> Tensor:
+    if present is None:
+        return values.sum() / max(values.shape[0], 1)
+    return torch.where(present, values, 0.0).sum() / present.sum().clamp(min=1)
 
 
 def _oracle(
@@ -150,7 +166,14 @@ def _oracle(
     c, s = matrix(image_features, text_features, logit_scale, logit_bias)
     y, present, same = entries(c, labels, image_ids, text_ids)
     both = [image_relevance, image_relevance if text_relevance is None else text_relevance]
-    r, k = both if raw else (torch.clamp(v / v.mean(), 0.25, 4.0) for v in both)
+    row_id, col_id = (text_ids if image_ids is None else image_ids), (image_ids if text_ids is None else text_ids)
+    here = [torch.ones_like(v) if i is None else (i != -1).to(v) for v, i in zip(both, (row_id, col_id), strict=True)]
+
+    def mean(v: Tensor, w: Tensor) -> Tensor:
+        return (v * w).sum() / w.sum().clamp(min=1)
+
+    means = [torch.where(w.any(), mean(v, w), 1.0) for v, w in zip(both, here, strict=True)]
+    r, k = both if raw else (torch.clamp(v / q, 0.25, 4.0) for v, q in zip(both, means, strict=True))
 
     def losses(z: Tensor, y: Tensor, live: Tensor) -> Tensor:
         q = (1 - label_smoothing) * y.to(z.dtype) / y.sum(1, keepdim=True).clamp(min=1)
@@ -167,7 +190,7 @@ def _oracle(
         col = ((r[None] if shared else k[:, None]) * col[0], *col[1:])
     loss = mean_of(losses, (row, col), weights, "image" if scope == "row" else directions)
     if relevance_grad:
-        loss = loss + regularizer * (r.log().square().mean() + k.log().square().mean()) / 2
+        loss = loss + regularizer * (mean(r.log().square(), here[0]) + mean(k.log().square(), here[1])) / 2
     return loss
 
 

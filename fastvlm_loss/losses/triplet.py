@@ -95,11 +95,12 @@ def triplet_loss(
 def _hardest(p: Problem, t: SoftmaxTile, own: Tensor, margin: float) -> Tensor:
     """Hinge of the hardest negative of each row and column `[L]`, 0 where there is none: a gather, no second sweep."""
     index, (rows, _) = t.summary["index"], t.lengths
-    scores = [tile.paired(p, index[:rows])] if t.lengths[0] else []
-    scores += [tile.paired(p, index[rows:], columns=True)] if t.lengths[1] else []
+    scores = [tile.paired(p, index[:rows])] if t.statistic.rows else []
+    scores += [tile.paired(p, index[rows:], columns=True)] if t.statistic.cols else []
     hinge = (margin + torch.cat(scores) - own).clamp(min=0)
     known = index >= 0 if t.targets is None else (index >= 0) & (t.targets > 0)
-    return torch.where(known, hinge, 0.0)
+    hardest = t.summary["hardest"]
+    return torch.where(known, hinge, torch.where(hardest.isnan(), hardest, 0.0))
 
 
 def _oracle(

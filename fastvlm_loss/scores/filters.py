@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,7 +59,7 @@ def guide(image_features: Tensor, text_features: Tensor, margin: float = 0.0) ->
         image_features, text_features: `[M, E]`, `[N, E]` of the guide, in the dtype of the loss's features.
         margin: in units of the guide's products.
     """
-    return Filter("guide", check.number("margin", margin), image_features, text_features)
+    return Filter("guide", check.number("margin", margin), *_features(image_features, text_features))
 
 
 def similar(image_features: Tensor, text_features: Tensor, most: float) -> Filter:
@@ -68,7 +69,11 @@ def similar(image_features: Tensor, text_features: Tensor, most: float) -> Filte
         image_features, text_features: `[M, E]`, `[N, E]`; for text-to-text similarity the same text features twice.
         most: in units of their products.
     """
-    return Filter("similar", check.number("most", most), image_features, text_features)
+    return Filter("similar", check.number("most", most), *_features(image_features, text_features))
+
+
+def _features(image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
+    return check.features("image_features", image_features), check.features("text_features", text_features)
 
 
 def filtered(problem: Problem, filters: Filter | Sequence[Filter] | None) -> Problem:
@@ -80,11 +85,12 @@ def filtered(problem: Problem, filters: Filter | Sequence[Filter] | None) -> Pro
     """
     if filters is None:
         return problem
-    several = [filters] if isinstance(filters, Filter) else list(filters)
+    several: list[Any] = list(filters) if isinstance(filters, (list, tuple)) else [filters]
     for each in several:
         if not isinstance(each, Filter):
+            got = f"{type(each).__name__} {each!r}"
             raise TypeError(
-                f"filters: got {type(each).__name__} {each!r}, wanted fastvlm_loss.filters.absolute(...) or another"
+                f"filters: got {got}, wanted fastvlm_loss.filters.absolute(...) or another, or a list of them"
             )
     m, n, dtype = problem.x.shape[0], problem.y.shape[0], problem.scale.dtype
     limits = problem.x.new_full((2, m), torch.inf, dtype=dtype), problem.x.new_full((2, n), torch.inf, dtype=dtype)

@@ -160,6 +160,8 @@ class Problem:
                 )
         scale = check.scalar(names[2], scale, self.x, self.scale.dtype, positive=True)
         x, y = x.contiguous(), y.contiguous()
+        for own in (self.x, self.y):
+            x, y = _distinct(x, own), _distinct(y, own)
         return replace(self, teacher_x=x, teacher_y=_distinct(y, x), teacher_scale=scale, second=role)
 
     def swapped(self) -> Problem:

@@ -131,10 +131,8 @@ class Statistic:
     def hardest_of(self, state: Tensor) -> dict[str, Tensor]:
         """What a state with `hardest` says: score and index (-1: none) of the hardest negative, best target, count."""
         b, a, w, count = state[-4:]
-        return {
-            "hardest": b * LN2, "index": torch.where(count > 0, a, -1.0).to(torch.int64), "best_target": w * LN2,
-            "negatives": count,
-        }  # fmt: skip
+        index = torch.where((count > 0) & b.isfinite(), a, -1.0).to(torch.int64)  # nobody is the hardest beside NaN
+        return {"hardest": b * LN2, "index": index, "best_target": w * LN2, "negatives": count}
 
 
 def _check() -> None:
