@@ -7,7 +7,6 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include <algorithm>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -63,12 +62,12 @@ fastvlm::Features features(const Tensor& x, const Tensor& y, ScalarType dtype, i
 // The first 16 arguments of every operator, which stay alive with it.
 struct Given {
   Tensor x, y, scale;
-  Optional bias, target, row_id, col_id, row_factor, col_factor, teacher_x, teacher_y, teacher_scale, col_bias, row_limit,
-      col_limit, numbers;
+  Optional bias, target, row_id, col_id, row_factor, col_factor, teacher_x, teacher_y, teacher_scale, col_bias;
+  Optional row_limit, col_limit, numbers;
 
   explicit Given(Arguments& a) : x(a.next<Tensor>()), y(a.next<Tensor>()), scale(a.next<Tensor>()) {
-    for (Optional* t : {&bias, &target, &row_id, &col_id, &row_factor, &col_factor, &teacher_x, &teacher_y, &teacher_scale,
-                        &col_bias, &row_limit, &col_limit, &numbers})
+    for (Optional* t : {&bias, &target, &row_id, &col_id, &row_factor, &col_factor, &teacher_x, &teacher_y,
+                        &teacher_scale, &col_bias, &row_limit, &col_limit, &numbers})
       *t = a.next<Optional>();
   }
 
@@ -117,7 +116,7 @@ const fastvlm::Epilogue& epilogue(const std::string& name, const fastvlm::Proble
   const fastvlm::Epilogue* found = softmax ? fastvlm::core().softmax(p.flags) : fastvlm::core().hinge(p.flags);
   STD_TORCH_CHECK(found, "epilogue: got ", name, " with flags ", p.flags, ", wanted those of one statistic");
   const bool factors = !softmax || p.flags & fastvlm::kFactor;
-  STD_TORCH_CHECK(!factors || (p.row_factor && p.col_factor) || !p.m || !p.n, "factors: wanted for this epilogue, got none");
+  STD_TORCH_CHECK(!factors || (p.row_factor && p.col_factor) || !p.m || !p.n, "factors: got none, wanted both");
   return *found;
 }
 

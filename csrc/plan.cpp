@@ -122,9 +122,10 @@ void no_gradient(const Problem& p, const Gradients& d) {
 void statistics(const Problem& p, const Epilogue& epilogue, float* state) {
   Plan plan{p, false, kBits};
   const bool by_row = p.flags & kRows, by_col = p.flags & kCols;
-  States row_states(epilogue, by_row ? p.m : 0, plan.rows_macro, by_row ? divide_up(plan.cols_macro, plan.tile_cols) : 0);
-  States col_states(epilogue, by_col ? p.n : 0, plan.cols_macro,
-                    by_col ? divide_up(plan.rows_macro, std::max<int64_t>(1, plan.tile_rows)) : 0);
+  const int64_t wide = divide_up(plan.cols_macro, plan.tile_cols);
+  const int64_t high = divide_up(plan.rows_macro, std::max<int64_t>(1, plan.tile_rows));
+  States row_states(epilogue, p.rows(), plan.rows_macro, by_row ? wide : 0);
+  States col_states(epilogue, p.length() - p.rows(), plan.cols_macro, by_col ? high : 0);
   plan.macros([&](Range rows, Range cols) {
     plan.tiles(rows, cols, [&](int64_t, const Tile& t, int64_t r, int64_t c) {
       float *row[kMaxFields], *col[kMaxFields];
@@ -146,10 +147,11 @@ Sums gradient(const Problem& p, const Epilogue& epilogue, const float* operands,
     float padded[kMaxOperands][kTileCols];
     const float *row[kMaxOperands], *col[kMaxOperands];
     for (int v = 0; v < epilogue.operands; ++v) {
-      row[v] = operands + v * length + t.first_row;
+      const float* of_rows = operands + v * length;
+      row[v] = of_rows + t.first_row;
       col[v] = padded[v];
       std::fill(padded[v] + t.cols, padded[v] + t.padded, 0.f);
-      if (p.flags & kCols) std::memcpy(padded[v], operands + v * length + p.rows() + t.first_col, t.cols * sizeof(float));
+      if (p.flags & kCols) std::memcpy(padded[v], of_rows + p.rows() + t.first_col, t.cols * sizeof(float));
     }
     epilogue.gradient(t, row, col, plan.q->compute, g, g_ld, sums, d_col);
   });

@@ -47,8 +47,8 @@ Sums gradient(const Problem& p, const Epilogue& epilogue, const float* operands,
 // Gradients of 0.
 void no_gradient(const Problem& p, const Gradients& d);
 
-// The sigmoid loss of all entries, weighted by the factors (null: ones), and with `gradient` the rest as above: one pass
-// over the scores.
+// The sigmoid loss of all entries, weighted by the factors (null: ones), and with `gradient` the rest as above: one
+// pass over the scores.
 Sums sigmoid_sweep(const Problem& p, bool gradient, const Gradients& d);
 
 }  // namespace fastvlm

@@ -192,7 +192,8 @@ struct Plan {
         char* a = panels.at<char>(divide_up(live, q->mr) * panel * size);
         q->pack(static_cast<const char*>(g) + (r * row_stride + s * k_stride) * size, q->compute, row_stride, k_stride,
                 live, step, q->mr, a);
-        q->multiply(a, panel, b.from(d, s), b.panel, step, c + r * p.first.d + d, p.first.d, live, std::min(cols, p.first.d - d), onto || s > 0);
+        q->multiply(a, panel, b.from(d, s), b.panel, step, c + r * p.first.d + d, p.first.d, live,
+                    std::min(cols, p.first.d - d), onto || s > 0);
       }
     });
   }
