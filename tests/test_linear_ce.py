@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 import fastvlm_loss
 from fastvlm_loss import caption_loss, linear_cross_entropy, vqa_loss
+from fastvlm_loss.engine import tile
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +41,25 @@ def test_equals_torch(head, eps, reduction):
     gradients = (torch.autograd.grad(v.square().sum(), wanted) for v in (got, want))
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * b.abs().max().item())
+
+
+@pytest.mark.parametrize("option", ["plain", "smoothed", "taught"])
+def test_gradients_made_along_with_the_sum_are_those_of_backward(head, live_backend, option, monkeypatch):
+    hidden, weight, targets, bias = head
+    w = torch.rand(6, 9).requires_grad_()
+    taught = {"teacher_hidden": hidden.detach()[..., :8], "teacher_weight": weight.detach()[:, :8]}
+    more = {"plain": {}, "smoothed": {"label_smoothing": 0.1}, "taught": taught}[option]
+    results = []
+    for small in (2**20, 0):  # kept products and backward; then strips of rows
+        monkeypatch.setitem(tile.KEPT_PRODUCTS, live_backend, small)
+        monkeypatch.setitem(tile.STRIP, live_backend, 50 * 20)
+        loss = 3 * linear_cross_entropy(hidden, weight, targets, bias, token_weights=w, **more)
+        assert ("Weighted" in str(loss.grad_fn.next_functions[0][0].next_functions[0][0])) == (not small)
+        results.append((loss, *torch.autograd.grad(loss, (hidden, weight, bias, w))))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6)
+    loss = linear_cross_entropy(hidden.detach(), weight, targets, bias, **more)
+    assert [g.shape for g in torch.autograd.grad(loss, (weight, bias))] == [weight.shape, bias.shape]
 
 
 def test_ignored_tokens_have_no_gradient_and_no_weight(head):

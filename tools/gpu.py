@@ -42,7 +42,7 @@ from fastvlm_loss.losses import registry
 from fastvlm_loss.testing import Case, violations
 for spec in registry.values():
     for dtype in (torch.bfloat16, torch.float32):
-        found = violations(spec, Case(m=150, d=72, bias=-2.0, dtype=dtype, device="cuda"))
+        found = violations(spec, Case(150, 72, bias=-2.0, dtype=dtype, device="cuda", options=spec.variants[0]))
         assert not found, found
 print("small case: right")
 """

@@ -11,12 +11,14 @@ from ..backends import dense
 from ..scores.pairs import paired_products
 from ..scores.problem import Problem
 from ..scores.statistics import Hinge, Sigmoid, Softmax
-from .autograd import Statistics, Total
+from .autograd import Statistics, Total, Weighted
 from .dispatch import resolve
-from .ops import no_autocast
+from .ops import KEPT_PRODUCTS, no_autocast
 
-__all__ = ["SoftmaxTile", "hinge", "paired", "positives", "sigmoid", "softmax"]
+__all__ = ["SoftmaxTile", "hinge", "paired", "positives", "sigmoid", "softmax", "weighted_rows"]
 
+# products held at a time where a sum of rows makes its gradients along with it: 64 MB
+STRIP = {"cpp": 16 * 2**20, "torch": 16 * 2**20}
 MOST_INDICES = 2**24  # that fp32 tells apart
 
 
@@ -87,6 +89,25 @@ def softmax(
         teacher=problem.second == "teacher", factor=problem.row_factor is not None, hardness=hard, detached=detached,
     )  # fmt: skip
     return _statistics(problem, statistic)
+
+
+def weighted_rows(problem: Problem, weights: Tensor, share: float = 0.0) -> Tensor:
+    """Sum over the rows of weights_i * (nll_i + share * gap_i) `[]`, the gap as of `softmax`; for labels without ids.
+
+    Differentiable in features, column bias and weights, not in the scale. On a CPU its gradients are made along with
+    it, from the same products, and wait for the cotangent.
+    """
+    taught = problem.second == "teacher"
+    statistic = Softmax(cols=False, gap=share > 0 or taught, teacher=taught)
+    backend, (m, n) = resolve(problem, statistic), (problem.x.shape[0], problem.y.shape[0])
+    learned = any(t is not None and t.requires_grad for t in (problem.x, problem.y, problem.col_bias))
+    strip = STRIP.get(backend, 0) // max(n, 1)
+    if not (strip and learned and torch.is_grad_enabled()) or m * n <= KEPT_PRODUCTS[backend]:
+        t = softmax(problem, cols=False, gap=share > 0)
+        return ((t.nll if t.gap is None else t.nll + share * t.gap) * weights).sum()
+    targets, how = problem.targets()[0], (backend, statistic.name, statistic.flags)
+    total: Tensor = Weighted.apply(*problem.tensors(), targets, weights, *how, share, max(strip // 96 * 96, 96))
+    return total
 
 
 def hinge(problem: Problem, *, rows: bool = True, cols: bool = True, hardest: bool = False) -> SoftmaxTile:

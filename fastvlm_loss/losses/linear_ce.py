@@ -116,14 +116,16 @@ def linear_cross_entropy(
         names = "teacher_hidden", "teacher_weight", "teacher_scale"
         own = check.features("teacher_weight", teacher_weight).detach()
         problem = problem.beside("teacher", names, teacher, own, 1.0, x.shape[0])
-    t = tile.softmax(problem, cols=False, gap=eps > 0)
-    losses = t.nll if t.gap is None else t.nll + (eps if teacher is None else share) * t.gap
+    part = eps if teacher is None else share
     if reduction == "none":
+        t = tile.softmax(problem, cols=False, gap=eps > 0)
+        losses = t.nll if t.gap is None else t.nll + part * t.gap
         losses = losses if w is None else losses * w.to(dtype)
         return (losses if kept is None else losses.new_zeros(count).index_put((kept,), losses)).reshape(shape)
-    weights = (problem.target >= 0).to(dtype) if problem.target is not None else torch.ones_like(losses)
+    assert problem.target is not None
+    weights = (problem.target >= 0).to(dtype)
     weights = weights if w is None else weights * w.to(dtype)
-    total = (losses * weights).sum()
+    total = tile.weighted_rows(problem, weights, part if eps or teacher is not None else 0.0)
     if reduction == "sum":
         return total
     if normalizer is not None:
