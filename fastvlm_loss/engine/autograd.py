@@ -116,6 +116,7 @@ class Weighted(torch.autograd.Function):
                 dy += found[1]
             if needs[COL_BIAS]:
                 d_col += found[4]
+            del products, found  # or the next strip's would lie beside them
         ctx.save_for_backward(*problem, losses, dx, dy.to(y.dtype), d_col)
         total: Tensor = (losses * weights).sum()
         return total

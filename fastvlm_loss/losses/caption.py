@@ -184,6 +184,7 @@ register(
             {"tokens": _tokens, "pad_id": 0, "reduction": "none"},
         ),
         names=NAMES,
+        cost=(1, 3),
     )
 )
 register(
@@ -197,6 +198,7 @@ register(
             {"tokens": _tokens, "answer_weights": Learned(_weight), "images": 3, "pad_id": 0, "bias": Learned(_bias)},
         ),
         names=NAMES,
+        cost=(1, 3),
         reduction="sum",
     )
 )

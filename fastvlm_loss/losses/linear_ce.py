@@ -205,5 +205,6 @@ SPEC = register(
             {"targets": _all_targets, "reduction": "sum", "label_smoothing": 0.2},
         ),
         names={"image_features": "hidden", "text_features": "weight"},
+        cost=(1, 3),
     )
 )
