@@ -34,5 +34,5 @@ def processes():
 
 @pytest.mark.parametrize("part", PARTS)
 def test_in_the_interpreter(processes, part):
-    report, _ = processes[part].communicate(timeout=600)
+    report, _ = processes[part].communicate(timeout=1500)
     assert processes[part].returncode == 0, report[-6000:]
