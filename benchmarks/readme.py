@@ -29,12 +29,12 @@ def block(folder: Path = RESULTS) -> str:
     return "\n\n".join(markdown(load(path), "benchmarks/results/") for path in sorted(folder.glob("*.json")))
 
 
-def splice(readme: str, text: str) -> str:
+def splice(readme: str, text: str, start: str = START, end: str = END) -> str:
     """The README with `text` between its markers.
 
     Raises:
         ValueError: the markers are missing.
     """
-    if START not in readme or END not in readme:
-        raise ValueError(f"README: got no markers, wanted {START} and {END}")
-    return f"{readme.partition(START)[0]}{START}\n{text}\n{END}{readme.partition(END)[2]}"
+    if start not in readme or end not in readme:
+        raise ValueError(f"README: got no markers, wanted {start} and {end}")
+    return f"{readme.partition(start)[0]}{start}\n{text}\n{end}{readme.partition(end)[2]}"

@@ -8,9 +8,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from benchmarks.readme import splice
+
 from . import page
 
-__all__ = ["COMMAND", "END", "PAGE", "README", "START", "made", "splice", "stale"]
+__all__ = ["COMMAND", "END", "PAGE", "README", "START", "made", "stale"]
 
 ROOT = Path(__file__).parents[1]
 README, PAGE = ROOT / "README.md", ROOT / "docs" / "losses.md"
@@ -20,23 +22,12 @@ COMMAND = "python -m docs.make"
 
 def made() -> dict[Path, str]:
     """What each file with generated parts should hold."""
-    return {PAGE: page.losses(), README: splice(README.read_text(), page.table("docs/losses.md#"))}
+    return {PAGE: page.losses(), README: splice(README.read_text(), page.table("docs/losses.md#"), START, END)}
 
 
 def stale() -> list[Path]:
     """The files that hold something else."""
     return [path for path, text in made().items() if not path.exists() or path.read_text() != text]
-
-
-def splice(readme: str, text: str) -> str:
-    """The README with `text` between its markers.
-
-    Raises:
-        ValueError: the markers are missing.
-    """
-    if START not in readme or END not in readme:
-        raise ValueError(f"README: got no markers, wanted {START} and {END}")
-    return f"{readme.partition(START)[0]}{START}\n{text}\n{END}{readme.partition(END)[2]}"
 
 
 def main(check: bool) -> int:

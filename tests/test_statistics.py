@@ -1,7 +1,7 @@
 """The engine's statistics beyond what one loss uses: factors, a teacher, the sigmoid total."""
 
 import itertools
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -146,3 +146,10 @@ def test_flags_name_every_statistic():
         decode("softmax", 65536)
     with pytest.raises(ValueError, match="epilogue: got 'sigmoid' with flags 3, wanted one of softmax, hinge"):
         decode("sigmoid", 3)
+
+
+def test_a_learning_teacher_beside_a_bias_of_the_columns_is_refused():
+    x, y, scale, _, _, _, tx, ty = features(5, 5)
+    problem = replace(Problem.of(x, y, scale).taught(tx.requires_grad_(), ty, 1.0), col_bias=torch.ones(5).double())
+    with pytest.raises(ValueError, match="teacher: got tensors that require grad beside a bias of the columns"):
+        tile.softmax(problem)

@@ -81,6 +81,9 @@ def softmax(
         hardest: whether the summary has the hardest negative.
     """
     limited = problem.row_limit is not None
+    learning = (problem.teacher_x, problem.teacher_y, problem.teacher_scale)
+    if problem.col_bias is not None and any(t is not None and t.requires_grad for t in learning):
+        raise ValueError("teacher: got tensors that require grad beside a bias of the columns, wanted detached ones")
     # without ids only a text with several images has more than one target, whose mean is as of "mask"
     several = problem.row_id is not None or (positives == "in" and problem.target is not None)
     statistic = Softmax(

@@ -15,7 +15,7 @@ from ..scores import check
 from ..scores.filters import Filter, filtered
 from ..scores.problem import Problem
 from ._metrics import BatchMetrics
-from ._reduce import DIRECTIONS, REDUCTIONS, combine, unit_features
+from ._reduce import DIRECTIONS, REDUCTIONS, combine, sample_weights, unit_features
 
 __all__ = ["Batch", "Options", "Selection", "one_process"]
 
@@ -84,15 +84,8 @@ class Batch:
         m, n = problem.x.shape[0], problem.y.shape[0]
         if reduction == "none" and directions == "both" and m != n:
             raise ValueError(f"reduction: got 'none' for {m} images and {n} texts, wanted one direction, or M = N")
-        dtype = problem.scale.dtype
-        weights = (
-            None if image_weights is None else check.vector("image_weights", image_weights, m, problem.x, dtype),
-            None if text_weights is None else check.vector("text_weights", text_weights, n, problem.x, dtype),
-        )
-        if check.flag("check_finite", check_finite):
-            for name, w in zip(("image_weights", "text_weights"), weights, strict=True):
-                if w is not None:
-                    check.finite(name, w)
+        weights = sample_weights(problem, image_weights, text_weights, check.flag("check_finite", check_finite))
+        if check_finite:
             for rule in filters if isinstance(filters, (list, tuple)) else [filters]:
                 if isinstance(rule, Filter) and rule.image_features is not None and rule.text_features is not None:
                     check.finite("filters' image_features", rule.image_features)

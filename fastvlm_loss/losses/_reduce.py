@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..scores import check
+from ..scores.problem import Problem
 
-__all__ = ["DIRECTIONS", "REDUCTIONS", "combine", "unit", "unit_features"]
+__all__ = ["DIRECTIONS", "REDUCTIONS", "combine", "sample_weights", "unit", "unit_features"]
 
 DIRECTIONS = ("both", "image", "text")
 REDUCTIONS = ("mean", "sum", "none")
@@ -60,6 +61,20 @@ def _reduce(losses: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
         return losses.sum() / max(losses.shape[0], 1)
     total = weight.sum()
     return losses.sum() / torch.where(total == 0, 1.0, total)
+
+
+def sample_weights(
+    problem: Problem, image_weights: Tensor | None, text_weights: Tensor | None, check_finite: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The weights of the images `[M]` and of the texts `[N]`, None for ones."""
+    x, dtype, found = problem.x, problem.scale.dtype, []
+    named = ("image_weights", image_weights, x.shape[0]), ("text_weights", text_weights, problem.y.shape[0])
+    for name, given, length in named:
+        weights = None if given is None else check.vector(name, given, length, x, dtype)
+        if weights is not None and check_finite:
+            check.finite(name, weights)
+        found.append(weights)
+    return found[0], found[1]
 
 
 def unit_features(

@@ -17,7 +17,7 @@ from ..scores import check
 from ..scores.problem import Problem
 from ._batch import one_process
 from ._oracle import entries, matrix, some_ids, some_weights
-from ._reduce import unit_features
+from ._reduce import sample_weights, unit_features
 from ._spec import LossSpec, register
 
 __all__ = ["siglip_loss"]
@@ -78,21 +78,17 @@ def siglip_loss(
         image_features, text_features, logit_scale, logit_bias,
         labels=labels, image_ids=image_ids, text_ids=text_ids, check_finite=check_finite,
     )  # fmt: skip
-    m, n, dtype = problem.x.shape[0], problem.y.shape[0], problem.scale.dtype
-    given = {"image_weights": (image_weights, m), "text_weights": (text_weights, n)}
-    weights = {k: None if w is None else check.vector(k, w, size, problem.x, dtype) for k, (w, size) in given.items()}
-    for name, w in weights.items():
+    weights = sample_weights(problem, image_weights, text_weights, check.flag("check_finite", check_finite))
+    for name, w in zip(("image_weights", "text_weights"), weights, strict=True):
         if w is not None and w.requires_grad:
             raise ValueError(f"{name}: got a tensor that requires grad, wanted a detached one")
-        if w is not None and check_finite:
-            check.finite(name, w)
     if image_weights is not None or text_weights is not None:
-        problem = problem.weighted(*weights.values())
+        problem = problem.weighted(*weights)
     total = tile.sigmoid(problem)
     if reduction == "sum":
         return total
     if problem.row_factor is None or image_weights is None:
-        return total / max(m, 1)
+        return total / max(problem.x.shape[0], 1)
     weight = problem.row_factor.sum()
     return total / torch.where(weight == 0, 1.0, weight)
 
