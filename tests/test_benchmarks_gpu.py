@@ -315,7 +315,7 @@ def test_the_page_of_a_sweep(swept, capsys):
     page = capsys.readouterr().out
     assert "`siglip_loss`, forward + backward, N = 256, D = 64:" in page and "| 512 × 64 |" in page
     assert "backward, N = 512" not in page  # it has no table
-    assert "8·N²·D operations (forward alone: 2·N²·D); for `siglip_loss` 6·N²·D" in page
+    assert "8·N²·D operations (forward alone: 2·N²·D); for `siglip_loss` and `linear_cross_entropy` 6·N²·D" in page
     assert "| `clip_loss`, with metrics |" in page and "| `linear_cross_entropy`, 128 × 512 × 64 |" in page
     opened = page.partition("<summary>`siglip_loss` beside its baselines")[0]
     assert "`clip_loss`, forward + backward, N = 256, D = 64:" in opened and "`siglip_loss`, forward" not in opened
