@@ -73,6 +73,26 @@ struct Sigmoid {
                 Sums* sums);
 };
 
+// By which law a row of a tile looks for candidates: fastvlm_loss/scores/selection.py.
+struct Picking {
+  bool noise;
+  float sharpness, log_floor;
+  const float *row_total, *col_total;  // of the tile; null without a floor
+  uint32_t seed[2], step[2];
+  int64_t first_row, first_col;  // global indices of the matrix's row 0 and column 0
+  float row_least;               // keys below these do not count
+  const float* col_least;        // [padded]
+};
+
+// Candidates of a row of a tile whose keys may count for the row, and for the columns.
+struct Picked {
+  int rows, cols;
+  uint16_t row_at[kTileCols], col_at[kTileCols];
+  float to_row[kTileCols], to_col[kTileCols];  // bounds of all keys
+  int64_t pair;                                // of rows, whose random words these are
+  uint32_t words[4][kTileCols];                // of the even row's two directions, of the odd row's
+};
+
 struct Core {
   const char* name;
   const Products* f32;
@@ -81,6 +101,7 @@ struct Core {
   const Epilogue* (*softmax)(int64_t flags);
   const Epilogue* (*hinge)(int64_t flags);
   const Sigmoid* sigmoid;
+  void (*pick)(const Tile& t, int64_t i, const Picking& how, Picked* out);
   // out[i] = factor * sums[i] in `type`, rounded to nearest even; may run in place.
   void (*deliver)(const float* sums, Type type, int64_t n, float factor, void* out);
 };

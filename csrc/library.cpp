@@ -120,29 +120,52 @@ const fastvlm::Epilogue& epilogue(const std::string& name, const fastvlm::Proble
   return *found;
 }
 
-void statistics(StableIValue* stack, uint64_t count, uint64_t) {
+int64_t* wholes(const Tensor& t) { return t.numel() ? static_cast<int64_t*>(t.mutable_data_ptr()) : nullptr; }
+
+// The operators "statistics" and "select", which has more arguments and outputs.
+void fold(StableIValue* stack, uint64_t count, bool selects) {
   Arguments a(stack, count);
   const Given given(a);
   const Optional targets = a.next<Optional>();
   const auto name = a.next<std::string>();
   const auto flags = a.next<int64_t>();
-  const bool keep = a.next<bool>();
-  a.done();
+  const bool keep = a.next<bool>(), alone = name == "candidates";
   auto p = given.problem(flags);
-  const auto& how = epilogue(name, p);
+  const auto* how = alone ? nullptr : &epilogue(name, p);
   const int64_t n = p.length();
-  Tensor state = torch::stable::new_empty(given.scale, {how.fields, n}), products = empty(given.scale, keep, p.m, p.n);
-  Tensor nll = torch::stable::new_empty(given.scale, {n});
+  fastvlm::Selection s{};
+  Optional law, totals, place;
+  if (selects) {
+    s.k = a.next<int64_t>(), s.noise = a.next<bool>();
+    law = a.next<Tensor>(), totals = a.next<Optional>(), place = a.next<Tensor>();
+    STD_TORCH_CHECK(s.k > 0 && !(flags & fastvlm::kMargin), "select: wanted k > 0 and no margin");
+    s.sharpness = values("law", law, 2)[0], s.floor = values("law", law, 2)[1];
+    s.totals = values("totals", totals, n);
+    const int64_t* at = ids("place", place, 4);
+    s.seed = at[0], s.step = at[1], s.first_row = at[2], s.first_col = at[3];
+  }
+  a.done();
+  Tensor state = torch::stable::new_empty(given.scale, {how ? how->fields : 0, n});
+  Tensor products = empty(given.scale, keep, p.m, p.n);
+  Tensor nll = torch::stable::new_empty(given.scale, {how ? n : 0});
   Tensor gap = torch::stable::new_empty(given.scale, {flags & fastvlm::kGap ? n : 0});
-  p.products = data(products);
-  fastvlm::statistics(p, how, data(state));
+  Tensor order = torch::stable::new_empty(given.scale, {selects ? n : 0, s.k}, ScalarType::Long);
+  Tensor best = torch::stable::new_empty(given.scale, {selects ? n : 0, s.k});
+  p.products = data(products), s.order = wholes(order), s.best = data(best);
+  fastvlm::statistics(p, how, data(state), selects ? &s : nullptr);
   const fastvlm::Ends ends{p, data(state), values("targets", targets, n)};
   if (name == "hinge")
     fastvlm::hinge_finish(ends, data(nll));
-  else
+  else if (how)
     fastvlm::softmax_finish(ends, data(nll), data(gap));
-  give(stack, nll, gap, state, products);
+  if (selects)
+    give(stack, nll, gap, state, products, order, best);
+  else
+    give(stack, nll, gap, state, products);
 }
+
+void statistics(StableIValue* stack, uint64_t count, uint64_t) { fold(stack, count, false); }
+void select(StableIValue* stack, uint64_t count, uint64_t) { fold(stack, count, true); }
 
 struct NewGradients {
   Tensor x, y, col;
@@ -213,6 +236,7 @@ std::string instruction_set() { return fastvlm::core().name; }
 // The schemas and fakes stand in fastvlm_loss/engine/ops.py.
 STABLE_TORCH_LIBRARY_IMPL(fastvlm_loss, CPU, m) {
   m.impl("statistics.cpp", &statistics);
+  m.impl("select.cpp", &select);
   m.impl("gradient.cpp", &gradient);
   m.impl("sweep.cpp", &sigmoid_sweep);
 }

@@ -3,8 +3,10 @@
 // multiplies it from both sides. No task depends on the number of threads, so results do not either.
 #include "plan.h"
 
+#include <optional>
 #include <vector>
 
+#include "select.h"
 #include "walk.h"
 
 namespace fastvlm {
@@ -119,25 +121,29 @@ void no_gradient(const Problem& p, const Gradients& d) {
   if (d.col) std::fill_n(d.col, p.n, 0.f);
 }
 
-void statistics(const Problem& p, const Epilogue& epilogue, float* state) {
+void statistics(const Problem& p, const Epilogue* epilogue, float* state, const Selection* selection) {
   Plan plan{p, false, kBits};
-  const bool by_row = p.flags & kRows, by_col = p.flags & kCols;
+  const bool by_row = epilogue && p.flags & kRows, by_col = epilogue && p.flags & kCols;
   const int64_t wide = divide_up(plan.cols_macro, plan.tile_cols);
   const int64_t high = divide_up(plan.rows_macro, std::max<int64_t>(1, plan.tile_rows));
-  States row_states(epilogue, p.rows(), plan.rows_macro, by_row ? wide : 0);
-  States col_states(epilogue, p.length() - p.rows(), plan.cols_macro, by_col ? high : 0);
+  std::optional<States> row_states, col_states;
+  if (by_row) row_states.emplace(*epilogue, p.m, plan.rows_macro, wide);
+  if (by_col) col_states.emplace(*epilogue, p.n, plan.cols_macro, high);
+  std::optional<Selector> selector;
+  if (selection) selector.emplace(p, *selection, plan);
   plan.macros([&](Range rows, Range cols) {
     plan.tiles(rows, cols, [&](int64_t, const Tile& t, int64_t r, int64_t c) {
       float *row[kMaxFields], *col[kMaxFields];
-      if (by_row) row_states.part(c / plan.tile_cols, r, row);
-      if (by_col) col_states.part(r / plan.tile_rows, c, col);
-      epilogue.partial(t, row, col);
+      if (selector) selector->look(t, r, c);
+      if (by_row) row_states->part(c / plan.tile_cols, r, row);
+      if (by_col) col_states->part(r / plan.tile_rows, c, col);
+      if (epilogue) epilogue->partial(t, row, col);
     });
-    if (by_row) row_states.merge(rows, divide_up(cols.size, plan.tile_cols));
-    if (by_col) col_states.merge(cols, divide_up(rows.size, plan.tile_rows));
+    if (by_row) row_states->merge(rows, divide_up(cols.size, plan.tile_cols));
+    if (by_col) col_states->merge(cols, divide_up(rows.size, plan.tile_rows));
   });
-  if (by_row) row_states.copy(p.m, state, p.length());
-  if (by_col) col_states.copy(p.n, state + p.rows(), p.length());
+  if (by_row) row_states->copy(p.m, state, p.length());
+  if (by_col) col_states->copy(p.n, state + p.rows(), p.length());
 }
 
 Sums gradient(const Problem& p, const Epilogue& epilogue, const float* operands, const Gradients& d) {

@@ -37,8 +37,19 @@ struct Gradients {
   float* col;
 };
 
-// state [fields, L].
-void statistics(const Problem& p, const Epilogue& epilogue, float* state);
+// Which candidates of each row and column are picked: order and best [L, k] as in scores/selection.py.
+struct Selection {
+  int64_t k;
+  bool noise;
+  float sharpness, floor;
+  const float* totals;  // [L], null without a floor
+  int64_t seed, step, first_row, first_col;
+  int64_t* order;
+  float* best;
+};
+
+// state [fields, L], and what is selected along the way; both may be null.
+void statistics(const Problem& p, const Epilogue* epilogue, float* state, const Selection* selection);
 
 // operands [epilogue.operands, L]. The sums of G times the (shifted) products, and of G, are the gradients of scale and
 // bias.

@@ -13,6 +13,7 @@ from .backends.triton import set_workspace
 from .engine.dispatch import backend
 from .losses import (
     BatchMetrics,
+    BatchNegatives,
     caption_loss,
     clip_loss,
     hard_negative_clip_loss,
@@ -36,12 +37,38 @@ from .modules import (
     TripletLoss,
     VQALoss,
 )
+from .negatives import HardNegatives, LinearHardness, hard_negatives
 from .queue import FeatureQueue
 
 __all__ = [
-    "BatchMetrics", "CLIPLoss", "CaptionLoss", "FeatureQueue", "HardNegativeCLIPLoss", "LinearCrossEntropyLoss",
-    "MarginCLIPLoss", "RelevanceCLIPLoss", "SigLIPLoss", "SoftTargetCLIPLoss", "TripletLoss", "VQALoss", "__version__",
-    "backend", "caption_loss", "clip_loss", "filters", "hard_negative_clip_loss", "linear_cross_entropy",
-    "margin_clip_loss", "relevance_clip_loss", "set_workspace", "siglip_loss", "soft_target_clip_loss", "triplet_loss",
+    "BatchMetrics",
+    "BatchNegatives",
+    "CLIPLoss",
+    "CaptionLoss",
+    "FeatureQueue",
+    "HardNegativeCLIPLoss",
+    "HardNegatives",
+    "LinearCrossEntropyLoss",
+    "LinearHardness",
+    "MarginCLIPLoss",
+    "RelevanceCLIPLoss",
+    "SigLIPLoss",
+    "SoftTargetCLIPLoss",
+    "TripletLoss",
+    "VQALoss",
+    "__version__",
+    "backend",
+    "caption_loss",
+    "clip_loss",
+    "filters",
+    "hard_negative_clip_loss",
+    "hard_negatives",
+    "linear_cross_entropy",
+    "margin_clip_loss",
+    "relevance_clip_loss",
+    "set_workspace",
+    "siglip_loss",
+    "soft_target_clip_loss",
+    "triplet_loss",
     "vqa_loss",
 ]  # fmt: skip

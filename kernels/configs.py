@@ -50,6 +50,14 @@ TABLE: dict[tuple[str, int, str, int, str], Tile] = {
     ("forward", 90, "half", ANY, "heavy"): Tile(64, 64, 64, 64, 8, 3),
     ("gradient", 90, "half", ANY, "sweep"): Tile(128, 128, 64, 64, 8, 3),
     # static report: no spills
+    ("select", 80, "half", ANY, "exact"): Tile(64, 32, 32, 32, 8, 3),
+    ("select", 80, "half", ANY, "beside"): Tile(32, 32, 32, 32, 8, 3),
+    ("select", 90, "half", ANY, "exact"): Tile(64, 64, 64, 64, 8, 3),
+    ("select", 90, "half", ANY, "heavy"): Tile(64, 32, 64, 32, 8, 3),
+    ("select", 80, "ieee", ANY, "exact"): Tile(32, 32, 32, 32, 4, 2),
+    ("select", 80, "tf32", ANY, "exact"): Tile(64, 32, 32, 32, 4, 3),
+    ("select", 80, "tf32x3", ANY, "exact"): Tile(64, 32, 32, 32, 4, 3),
+    # static report: no spills
     ("forward", 100, "half", ANY, "plain"): Tile(128, 128, 64, 64, 8, 3),
     ("gradient", 100, "half", ANY, "plain"): Tile(128, 128, 64, 64, 8, 3),
     ("forward", 100, "half", ANY, "ids"): Tile(128, 128, 64, 64, 8, 3),
@@ -106,7 +114,7 @@ def choose(kernel: str, arch: int, precision: str, d: int, kind: str) -> Tile:
     """The tile of the newest known architecture up to `arch`, with the smallest D class that holds `d`.
 
     Args:
-        kernel: "forward" or "gradient".
+        kernel: "forward", "gradient" or "select".
         arch: compute capability times ten.
         precision: "half" (bf16, fp16), or how fp32 is multiplied: "ieee", "tf32", "tf32x3".
         d: feature dimension.

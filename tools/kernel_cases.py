@@ -9,13 +9,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fastvlm_loss.engine.ops import GRADIENT, STATISTICS, SWEEP
+from fastvlm_loss.engine.ops import GRADIENT, SELECT, STATISTICS, SWEEP
 from fastvlm_loss.scores.problem import Problem
-from fastvlm_loss.scores.statistics import Hinge, Softmax
+from fastvlm_loss.scores.statistics import Candidates, Hinge, Softmax
 
 from .devices import DEVICES
 
-__all__ = ["Case", "problem", "shipped", "step", "sweep"]
+__all__ = ["Case", "problem", "select", "shipped", "step", "sweep"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def problem(
     return Problem.of(x, y, 1.0, 0.0 if bias else None, labels=labels, image_ids=rows, text_ids=cols)
 
 
-def with_options(given: Problem, statistic: Softmax | Hinge, biased: bool = False) -> Problem:
+def with_options(given: Problem, statistic: Softmax | Hinge | Candidates, biased: bool = False) -> Problem:
     """The problem with what a statistic wants of it, and with `biased` a bias of each column."""
     m, n = given.x.shape[0], given.y.shape[0]
     if statistic.factor:
@@ -89,6 +89,19 @@ def step(
 def sweep(given: Problem, needs: tuple[bool, bool, bool] = (True, True, True), weighted: bool = False) -> None:
     """The sigmoid loss and its gradients through the operator, with weights of rows and columns or without."""
     SWEEP["triton"](*(given.weighted(None, None) if weighted else given).tensors(), *needs)
+
+
+def select(
+    given: Problem, k: int, noise: bool = True, floor: bool = False, statistic: Candidates | None = None
+) -> None:
+    """The k best candidates of each row and column through the operator."""
+    statistic = statistic or Candidates()
+    given = with_options(given, statistic)
+    length = sum(statistic.lengths(given.x.shape[0], given.y.shape[0]))
+    how = statistic.name, statistic.flags, False, k, noise, torch.ones(2)
+    SELECT["triton"](
+        *given.tensors(), None, *how, torch.zeros(length) if floor else None, torch.zeros(4, dtype=torch.int64)
+    )
 
 
 # with every option apart and together, as far as the epilogues distinguish them
@@ -135,7 +148,7 @@ ONE_WAY = ("in", "hard", "hinge", "margin", "guide", "hardest hinge")  # the lar
 
 def shipped() -> list[Case]:
     """All of them: bf16 in every way at a common width, then the other dtypes and widths in the main ways."""
-    return [*_common(), *_family(), *_dtypes(), *_widths(), *_partial()]
+    return [*_common(), *_family(), *_selections(), *_dtypes(), *_widths(), *_partial()]
 
 
 def _common() -> Iterator[Case]:
@@ -164,6 +177,29 @@ def _family() -> Iterator[Case]:
     for name, statistic in {"plain": rows, "smoothed": replace(rows, gap=True)}.items():  # a vocabulary's bias
         given = problem(512, 512, 768, targets="labels")
         yield Case(f"{name} rows labels biased bf16 768", partial(step, given, statistic, biased=True))
+
+
+def _selections() -> Iterator[Case]:
+    for targets in TARGETS:
+        given = problem(512, 512, 768, targets=targets)
+        for k in (1, 8, 64) if targets == "ids" else (8,):
+            for noise in (True, False):
+                kind = "drawn" if noise else "largest"
+                yield Case(f"{kind} {k} {targets} bf16 768", partial(select, given, k, noise))
+    given = problem(512, 512, 768, targets="ids")
+    yield Case("drawn 8 above a floor ids bf16 768", partial(select, given, 8, floor=True))
+    for name, rule in {"limit": Candidates(limit=True), "guide": Candidates(limit=True, guide=True)}.items():
+        yield Case(f"drawn 8 {name} ids bf16 768", partial(select, given, 8, statistic=rule))
+    for side in ("rows", "cols"):
+        one = Candidates(rows=side == "rows", cols=side == "cols")
+        yield Case(f"drawn 8 {side} labels bf16 768", partial(select, problem(512, 700, 768), 8, statistic=one))
+    yield Case("drawn 8 ids fp16 768", partial(select, problem(512, 512, 768, torch.float16, "ids"), 8))
+    full = problem(512, 512, 768, torch.float32, "ids")
+    for setting, how in PRECISIONS.items():
+        products = "fma" if how == "fp32" else None
+        yield Case(
+            f"drawn 8 ids {how} 768", partial(_with_precision, setting, partial(select, full, 8)), products=products
+        )
 
 
 def _dtypes() -> Iterator[Case]:

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from ..scores.problem import Problem
-from ..scores.statistics import Hinge, Sigmoid, Softmax
+from ..scores.statistic import Statistic
+from ..scores.statistics import Sigmoid
 
 __all__ = ["AUTO", "instruction_set", "refuses", "runs_on", "unavailable"]
 
@@ -47,7 +48,7 @@ def unavailable() -> str:
     return _REASON
 
 
-def refuses(problem: Problem, statistic: Softmax | Hinge | Sigmoid) -> str:
+def refuses(problem: Problem, statistic: Statistic | Sigmoid) -> str:
     """What this backend wants instead of a problem like this, or an empty string."""
     if _REASON:
         return "the C++ library to be built"

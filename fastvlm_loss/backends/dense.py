@@ -9,9 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..scores.problem import Problem
+from ..scores.selection import Selection
+from ..scores.statistic import Statistic
 from ..scores.statistics import LN2, Hinge, Sigmoid, Softmax
 
-__all__ = ["finished", "total"]
+__all__ = ["finished", "selected", "total"]
 
 
 def finished(problem: Problem, statistic: Softmax | Hinge) -> tuple[Tensor, ...]:
@@ -30,6 +32,23 @@ def finished(problem: Problem, statistic: Softmax | Hinge) -> tuple[Tensor, ...]
     return tuple(torch.cat(list(vectors), -1) for vectors in [*zip(*parts, strict=True), states])
 
 
+def selected(problem: Problem, statistic: Statistic, selection: Selection) -> tuple[Tensor, Tensor]:
+    """State `[L, k]` of a selection among all candidates that are no targets."""
+    _, hit, live = _scores(problem, statistic)
+    products = problem.x.to(problem.scale.dtype) @ problem.y.to(problem.scale.dtype).T
+    noise = selection.noise_of(slice(0, hit.shape[0]), slice(0, hit.shape[1]))
+    rows = statistic.lengths(*hit.shape)[0]
+    sides = [(1, slice(0, rows))] if statistic.rows else []
+    sides += [(0, slice(rows, None))] if statistic.cols else []
+    found = []
+    for axis, here in sides:
+        candidates = live & ~hit & ~_beyond(problem, statistic, hit, 1 - axis)
+        totals = None if selection.totals is None else selection.totals[here]
+        found.append(selection.of_tile(products, candidates, noise[1 - axis], 0, axis, totals))
+    orders, best = zip(*found, strict=True)
+    return torch.cat(orders), torch.cat(best)
+
+
 def total(problem: Problem, statistic: Sigmoid) -> Tensor:
     """The weighted sum of the sigmoid loss over all candidates."""
     s, hit, live = _scores(problem, statistic)
@@ -39,7 +58,7 @@ def total(problem: Problem, statistic: Sigmoid) -> Tensor:
     return torch.where(live, loss, 0.0).sum()
 
 
-def _scores(problem: Problem, statistic: Softmax | Hinge | Sigmoid) -> tuple[Tensor, Tensor, Tensor]:
+def _scores(problem: Problem, statistic: Statistic | Sigmoid) -> tuple[Tensor, Tensor, Tensor]:
     """Scores, which of them are targets, and which are candidates."""
     dtype = problem.scale.dtype
     c = problem.x.to(dtype) @ problem.y.to(dtype).T
@@ -68,7 +87,7 @@ def _second(problem: Problem) -> Tensor:
     return problem.teacher_scale * (problem.teacher_x.to(dtype) @ problem.teacher_y.to(dtype).T)
 
 
-def _beyond(problem: Problem, statistic: Softmax | Hinge, hit: Tensor, axis: int) -> Tensor:
+def _beyond(problem: Problem, statistic: Statistic, hit: Tensor, axis: int) -> Tensor:
     """Negatives above the limits of their row (axis 0) or column (axis 1)."""
     limit = problem.col_limit if axis else problem.row_limit
     out = torch.zeros_like(hit)

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from ..scores.problem import Problem
-from ..scores.statistics import LN2, Hinge, Sigmoid, Softmax, gradient_dtype
+from ..scores.selection import Selection, join
+from ..scores.statistic import Statistic
+from ..scores.statistics import LN2, Sigmoid, gradient_dtype
 
 __all__ = ["gradient", "statistics", "sweep", "unit"]
 
@@ -20,34 +22,48 @@ __all__ = ["gradient", "statistics", "sweep", "unit"]
 TILE = {"cpu": 1024, "cuda": 4096}
 
 
-def statistics(problem: Problem, statistic: Softmax | Hinge, keep: bool = False) -> tuple[Tensor, Tensor]:
-    """State `[fields, L]` of all rows, then all columns; and the products `[M, N]` of a small batch, if to be kept."""
+def statistics(
+    problem: Problem, statistic: Statistic, keep: bool = False, selection: Selection | None = None
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+    """State `[fields, L]` of all rows, then all columns; the products `[M, N]` of a small batch, if to be kept.
+
+    With a selection also its state, from the same products.
+    """
     m, n = problem.x.shape[0], problem.y.shape[0]
     rows, cols = statistic.lengths(m, n)
     state = statistic.identity(problem.x, problem.scale.dtype, rows + cols)
-    kept = state.new_empty((m, n) if keep else (0,))
+    kept = problem.scale.new_empty((m, n) if keep else (0,))
+    best = None if selection is None else selection.empty(problem.x, rows + cols)
     for r, c in _tiles(problem):
         products = _products(problem, r, c)
         if keep:
             kept[r, c] = products
         tile = _Tile.of(problem, statistic, products, r, c)
-        sides = [(r, r, c, 1, tile.to_row, problem.row_factor)] if rows else []
-        sides += [(slice(rows + c.start, rows + c.stop), c, r, 0, tile.to_col, problem.col_factor)] if cols else []
-        for here, own, others, axis, s, factor in sides:
-            index = torch.arange(others.start, others.stop, device=s.device, dtype=s.dtype)
-            factors = None if factor is None else factor[own]
-            part = statistic.partial(s, tile.hit, tile.second, factors, index, _beta(problem), axis)
-            state[:, here] = torch.stack(statistic.merge(state[:, here], part))
-    return state, kept
+        noise = (None, None) if selection is None else selection.noise_of(r, c)
+        sides = [(r, r, c, 1, tile.to_row, problem.row_factor, noise[0])] if rows else []
+        here = slice(rows + c.start, rows + c.stop)
+        sides += [(here, c, r, 0, tile.to_col, problem.col_factor, noise[1])] if cols else []
+        for here, own, others, axis, s, factor, gumbel in sides:
+            if statistic.fields:
+                index = torch.arange(others.start, others.stop, device=s.device, dtype=s.dtype)
+                factors = None if factor is None else factor[own]
+                part = statistic.partial(s, tile.hit, tile.second, factors, index, _beta(problem), axis)
+                state[:, here] = torch.stack(statistic.merge(state[:, here], part))
+            if selection is not None and best is not None:
+                live = s > -torch.inf if tile.hit is None else (s > -torch.inf) & ~tile.hit
+                totals = None if selection.totals is None else selection.totals[here]
+                more = selection.of_tile(products, live, gumbel, others.start, axis, totals)
+                best[0][here], best[1][here] = join((best[0][here], best[1][here]), more, selection.k)
+    return state, kept, best
 
 
-def unit(problem: Problem, statistic: Softmax | Hinge, cotangents: tuple[Tensor, ...]) -> float:
+def unit(problem: Problem, statistic: Statistic, cotangents: tuple[Tensor, ...]) -> float:
     """What a G of size 1 stands for: itself, as G is never rounded below the statistics' dtype."""
     return 1.0
 
 
 def gradient(
-    problem: Problem, statistic: Softmax | Hinge, products: Tensor, operands: Tensor, unit: float, need_x: bool,
+    problem: Problem, statistic: Statistic, products: Tensor, operands: Tensor, unit: float, need_x: bool,
     need_y: bool, need_scale: bool, need_col: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`dx`, `dy` (empty if not needed), `sum G c` with c = <x, y>, `sum G`, and its column sums (empty likewise)."""
@@ -137,7 +153,7 @@ class _Tile:
     second: Tensor | None
 
     @classmethod
-    def of(cls, p: Problem, statistic: Softmax | Hinge | Sigmoid, products: Tensor, r: slice, c: slice) -> _Tile:
+    def of(cls, p: Problem, statistic: Statistic | Sigmoid, products: Tensor, r: slice, c: slice) -> _Tile:
         """From the raw products at rows `r` and columns `c`."""
         hit, out = _entries(p, statistic, products, r, c)
         second = beside = None
@@ -173,7 +189,7 @@ def _without(s: Tensor, out: Tensor, hit: Tensor | None) -> Tensor:
 
 
 def _entries(
-    problem: Problem, statistic: Softmax | Hinge | Sigmoid, products: Tensor, r: slice, c: slice
+    problem: Problem, statistic: Statistic | Sigmoid, products: Tensor, r: slice, c: slice
 ) -> tuple[Tensor | None, Tensor | None]:
     """Which entries of one tile are targets, and which are no candidates; None for none."""
     has_ids = problem.row_id is not None and problem.col_id is not None

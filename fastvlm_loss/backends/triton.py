@@ -15,13 +15,17 @@ import torch
 from torch import Tensor
 
 from ..kernels import configs, plan
+from ..kernels.epilogues.topk import EMPTY
 from ..kernels.forward import forward as forward_kernel
 from ..kernels.gradient import gradient as gradient_kernel
 from ..kernels.lang import HAS_TRITON
 from ..kernels.launch import INTERPRETED, add_product, aligned, descriptor, device, operand, precision, ranks
 from ..kernels.merge import merge as merge_kernel
 from ..kernels.scores import BIASED, IDS
+from ..kernels.select import select as select_kernel
 from ..scores.problem import Problem
+from ..scores.selection import NOBODY, Selection, join
+from ..scores.statistic import Statistic
 from ..scores.statistics import LN2, Hinge, Sigmoid, Softmax, gradient_dtype
 
 __all__ = ["AUTO", "gradient", "refuses", "runs_on", "set_workspace", "statistics", "sweep", "unavailable", "unit"]
@@ -30,6 +34,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # G of size 1 is stored as this in fp16, or a probability of 1 / N would be subnormal; no sum of its parts overflows
 FP16_UNIT = 1024.0
 MERGE_BLOCK = 128
+WARM, MANY = 4, 16  # of a selection: blocks of rows of the first launch; places that need a smaller tile
 
 _workspace = 256 * 2**20
 
@@ -64,7 +69,7 @@ def unavailable() -> str:
 AUTO = not INTERPRETED  # which is there for tests
 
 
-def refuses(problem: Problem, statistic: Softmax | Hinge | Sigmoid) -> str:
+def refuses(problem: Problem, statistic: Statistic | Sigmoid) -> str:
     """What this backend wants instead of a problem like this, or an empty string."""
     device = problem.x.device
     if not HAS_TRITON:
@@ -81,15 +86,18 @@ def runs_on() -> str:
     return "Triton's interpreter, on CPU" if INTERPRETED else torch.cuda.get_device_name()
 
 
-def statistics(problem: Problem, statistic: Softmax | Hinge, keep: bool = False) -> tuple[Tensor, Tensor]:
+def statistics(
+    problem: Problem, statistic: Statistic, keep: bool = False, selection: Selection | None = None
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
     """State `[fields, L]` of all rows, then all columns. Keeps no products: making them again costs less than storing.
 
     Each strip of rows is one launch; its column states, one a row block, are merged into the result by another.
     """
     m, n = problem.x.shape[0], problem.y.shape[0]
     rows, cols = statistic.lengths(m, n)
-    if not m or not n:
-        return statistic.identity(problem.x, torch.float32, rows + cols), problem.x.new_empty(0)
+    best = None if selection is None else choose_candidates(problem, statistic, selection)
+    if not m or not n or not statistic.fields:
+        return statistic.identity(problem.x, torch.float32, rows + cols), problem.x.new_empty(0), best
     fields, new = statistic.fields, problem.scale.new_empty
     state = new((fields, rows + cols))
     with _on(problem.x.device):
@@ -110,10 +118,60 @@ def statistics(problem: Problem, statistic: Softmax | Hinge, keep: bool = False)
                 _merge(to_rows, state[:, first : first + size], statistic, call.fold, onto=False)
             if to_cols is not None:
                 _merge(to_cols, state[:, rows:], statistic, call.fold, onto=first > 0)
-    return state, problem.x.new_empty(0)
+    return state, problem.x.new_empty(0), best
 
 
-def unit(problem: Problem, statistic: Softmax | Hinge, cotangents: tuple[Tensor, ...]) -> Tensor:
+def choose_candidates(problem: Problem, statistic: Statistic, selection: Selection) -> tuple[Tensor, Tensor]:
+    """State `[L, k]` of a selection.
+
+    Strips of rows double in size: what the first find lets the columns of the later ones leave out nearly everything.
+    """
+    m, n = problem.x.shape[0], problem.y.shape[0]
+    rows, cols = statistic.lengths(m, n)
+    places = selection.empty(problem.x, rows + cols)
+    if not m or not n:
+        return places
+    k = max(2, 1 << (selection.k - 1).bit_length())
+    how = k, selection.noise, selection.totals is not None
+    totals = (None, None) if selection.totals is None else (selection.totals[:rows], selection.totals[rows:])
+    to_row, to_col = (tuple(t[side] for t in places) for side in (slice(0, rows), slice(rows, None)))
+    with _on(problem.x.device):
+        call = _Call.of("select", problem, statistic, "heavy" if k > MANY else _exact_kind(statistic))
+        tile = call.tile
+        blocks, most = (WARM, max(1, _workspace // (12 * k * n))) if cols else (plan.ceil(m, tile.rows),) * 2
+        first = 0
+        while first < m:
+            size = min(min(blocks, most) * tile.rows, m - first)
+            high = plan.ceil(size, tile.rows)
+            count, parts = plan.parts(high, plan.ceil(n, tile.cols), call.processors)
+            row, col = (
+                (places[0].new_empty((*shape, k)), places[1].new_empty((*shape, k))) if asked else None
+                for asked, shape in ((rows, (parts, size)), (cols, (high, n)))
+            )
+            least = to_col[0][:, -1].contiguous() if cols else None
+            select_kernel[(high * parts,)](
+                *call.operands[:2], *call.second, call.entries, selection.law, *totals, selection.place, least, row,
+                col, m, n, first, size, count, how, call.flags, call.d, call.shape[:3], call.load, **call.options,
+            )  # fmt: skip
+            if row is not None:
+                here = tuple(t[first : first + size] for t in to_row)
+                _place(here, row, selection.k)
+            if col is not None:
+                _place(to_col, col, selection.k)
+            first, blocks = first + size, 2 * blocks
+    return places
+
+
+def _place(state: tuple[Tensor, ...], parts: tuple[Tensor, Tensor], k: int) -> None:
+    """Join the parts `[parts, length, K]` of a launch into the state `[length, k]`."""
+    order, best = (t.transpose(0, 1).flatten(1) for t in parts)
+    order = torch.where(order < EMPTY.value, NOBODY, order)
+    joined = join((state[0], state[1]), (order, best), k)
+    for t, new in zip(state, joined, strict=True):
+        t.copy_(new)
+
+
+def unit(problem: Problem, statistic: Statistic, cotangents: tuple[Tensor, ...]) -> Tensor:
     """What a G of size 1 in the workspace stands for: about the largest entry that G may have, whatever the loss."""
     size = _largest(*cotangents)
     if isinstance(statistic, Softmax):
@@ -144,7 +202,7 @@ def _unit(size: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def gradient(
-    problem: Problem, statistic: Softmax | Hinge, products: Tensor, operands: Tensor, unit: Tensor, need_x: bool,
+    problem: Problem, statistic: Statistic, products: Tensor, operands: Tensor, unit: Tensor, need_x: bool,
     need_y: bool, need_scale: bool, need_col: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`dx`, `dy` (empty if not needed), `sum G c`, `sum G`, and its column sums (empty likewise); of G times `unit`."""
@@ -182,7 +240,7 @@ class _Needs:
 
 
 def _macro_tiles(
-    problem: Problem, statistic: Softmax | Hinge | Sigmoid, row: Tensor | None, col: Tensor | None, unit: Tensor,
+    problem: Problem, statistic: Statistic | Sigmoid, row: Tensor | None, col: Tensor | None, unit: Tensor,
     needs: _Needs,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`dx`, `dy`, the kernel's three sums and the column sums, from G made and consumed macro-tile by macro-tile."""
@@ -250,13 +308,13 @@ class _Call:
     pull: Any
 
     @classmethod
-    def of(cls, kernel: str, p: Problem, statistic: Softmax | Hinge | Sigmoid) -> _Call:
+    def of(cls, kernel: str, p: Problem, statistic: Statistic | Sigmoid, kind: str = "") -> _Call:
         """Tile, operands and options, from the problem and the GPU at hand."""
         arch, processors = device()
         ids = p.row_id is not None and p.col_id is not None
         cheap = statistic.plain and not (ids and statistic.positive_ids)
         x, y = aligned(p.x), aligned(p.y)
-        kind = (statistic.kind, "ids")[ids] if cheap else _exact_kind(statistic)
+        kind = kind or ((statistic.kind, "ids")[ids] if cheap else _exact_kind(statistic))
         how = precision(p.x.dtype)
         tile, tma = configs.choose(kernel, arch, how, x.shape[1], kind), arch >= 90
         operands = tuple(
@@ -268,11 +326,14 @@ class _Call:
             tx, ty = aligned(p.teacher_x), aligned(p.teacher_y)
             second = operand(tx, tile.rows, tile.depth, tma), operand(ty, tile.piece, tile.depth, tma)
             depths = x.shape[1], tx.shape[1]
-        epilogue, flags = statistic.epilogue, statistic.flags | IDS.value * ids
+        flags = statistic.flags | IDS.value * ids
         if p.col_bias is not None:
             flags |= BIASED.value
-        fold, pull = (epilogue.FOLD, epilogue.PULL) if cheap else (epilogue.EXACT_FOLD, epilogue.EXACT_PULL)
-        pull = (*pull, statistic.operands, not statistic.shift_invariant)
+        fold = pull = None
+        if isinstance(statistic, (Softmax, Hinge, Sigmoid)):
+            epilogue = statistic.epilogue
+            fold, pull = (epilogue.FOLD, epilogue.PULL) if cheap else (epilogue.EXACT_FOLD, epilogue.EXACT_PULL)
+            pull = (*pull, statistic.operands, not statistic.shift_invariant)
         entries = _entries(p, statistic)
         return cls(tile, operands, second, entries, flags, depths, tma, how, processors, fold, pull)
 
@@ -299,7 +360,7 @@ class _Call:
         return descriptor(g, rows, wide), descriptor(g, rows, self.tile.piece)
 
 
-def _exact_kind(statistic: Softmax | Hinge | Sigmoid) -> str:
+def _exact_kind(statistic: Statistic | Sigmoid) -> str:
     """The tile of the exact way: by how many options need many registers, and whether a second product does."""
     several = [getattr(statistic, name, False) for name in ("teacher", "hardness", "hardest")]
     if sum(several) + (statistic.limit or statistic.guide) > 1:
@@ -307,7 +368,7 @@ def _exact_kind(statistic: Softmax | Hinge | Sigmoid) -> str:
     return "beside" if statistic.guide or statistic.margin else "exact"
 
 
-def _entries(p: Problem, statistic: Softmax | Hinge | Sigmoid) -> tuple[Tensor | None, ...]:
+def _entries(p: Problem, statistic: Statistic | Sigmoid) -> tuple[Tensor | None, ...]:
     """What `kernels/scores.py` looks up of rows, columns and the whole problem, in its order."""
     row_id, col_id = ranks(p.row_id, p.col_id) if p.row_id is not None and p.col_id is not None else (None, None)
     target = None if p.target is None else p.target.int()
@@ -317,7 +378,7 @@ def _entries(p: Problem, statistic: Softmax | Hinge | Sigmoid) -> tuple[Tensor |
     return p.scale, p.bias, p.teacher_scale, target, row_id, col_id, *factors, *more
 
 
-def _merge(parts: Tensor, state: Tensor, statistic: Softmax | Hinge, fold: Any, onto: bool) -> None:
+def _merge(parts: Tensor, state: Tensor, statistic: Statistic, fold: Any, onto: bool) -> None:
     count, _, length = parts.shape
     merge_kernel[(plan.ceil(length, MERGE_BLOCK),)](
         parts, state, count, length, state.stride(0), fold, statistic.flags, onto, MERGE_BLOCK,

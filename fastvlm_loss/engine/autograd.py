@@ -23,24 +23,25 @@ OF_ROWS = (X, 4, 9)  # fields that a strip of rows takes a part of: features, ta
 
 
 class Statistics(torch.autograd.Function):
-    """`(*problem, targets [L], backend, epilogue, flags) -> (*vectors [L], state [fields, L])`.
+    """`(*problem, targets [L], backend, epilogue, flags, *selection) -> (*vectors [L], state [fields, L], *selected)`.
 
-    The state has no gradient; it is there for what it tells besides.
+    The state has no gradient; it is there for what it tells besides. Nor has what a selection picks in the same pass.
     """
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
         """Run the statistics op; its state and small products are for backward."""
-        problem, (targets, backend, epilogue, flags) = arguments[:FIELDS], arguments[FIELDS:]
+        problem, (targets, backend, epilogue, flags, *selection) = arguments[:FIELDS], arguments[FIELDS:]
         # a batch whose products are one small tile keeps it for backward: 6 N^2 D operations instead of 8
         small = problem[X].shape[0] * problem[Y].shape[0] <= ops.KEPT_PRODUCTS[backend]
         keep = small and any(ctx.needs_input_grad[:3])
-        nll, gap, state, products = ops.STATISTICS[backend](*problem, targets, epilogue, flags, keep)
+        how = ops.SELECT if selection else ops.STATISTICS
+        nll, gap, state, products, *picked = how[backend](*problem, targets, epilogue, flags, keep, *selection)
         ctx.save_for_backward(*problem, targets, state, products)
-        ctx.mark_non_differentiable(state)
+        ctx.mark_non_differentiable(state, *picked)
         ctx.set_materialize_grads(False)
         ctx.statistic = backend, epilogue, flags
-        return (nll, gap, state) if decode(epilogue, flags).gap else (nll, state)
+        return (nll, gap, state, *picked) if decode(epilogue, flags).gap else (nll, state, *picked)
 
     @staticmethod
     def backward(ctx: Any, d_nll: Tensor | None, *more: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -67,7 +68,7 @@ class Statistics(torch.autograd.Function):
             factors = statistic.factor_gradient(state, targets, tuple(given))
             found[ROW_FACTOR] = factors[:rows] if rows else torch.zeros_like(problem[ROW_FACTOR])
             found[COL_FACTOR] = factors[rows:] if cols else torch.zeros_like(problem[COL_FACTOR])
-        return (*_once(found, problem, needs), *(None,) * 4)
+        return (*_once(found, problem, needs), *(None,) * (len(needs) - FIELDS))
 
 
 def _teacher(

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from ..backends import cpp, triton
 from ..scores.check import choice
 from ..scores.problem import Problem
-from ..scores.statistics import Hinge, Sigmoid, Softmax
+from ..scores.statistic import Statistic
+from ..scores.statistics import Sigmoid
 
 __all__ = ["BACKENDS", "backend", "report", "resolve"]
 
@@ -46,7 +47,7 @@ def backend(name: str) -> Iterator[None]:
         _forced.name = before
 
 
-def resolve(problem: Problem, statistic: Softmax | Hinge | Sigmoid) -> str:
+def resolve(problem: Problem, statistic: Statistic | Sigmoid) -> str:
     """The backend that serves this problem now."""
     name = _forced.name
     if name == "auto":

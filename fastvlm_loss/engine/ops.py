@@ -1,4 +1,4 @@
-"""The op boundary: three operators with fakes, an overload a backend; all a compiler or profiler sees of the engine.
+"""The op boundary: four operators with fakes, an overload a backend; all a compiler or profiler sees of the engine.
 
 `Library.define` with implementations by device; the C++ library registers those of `cpp` itself. The overload is chosen
 in forward and kept for backward, which may run in another thread than the `backend(...)` block.
@@ -15,9 +15,10 @@ from torch import Tensor
 from ..backends import torch as chunked
 from ..backends import triton as gpu
 from ..scores.problem import FIELDS, Problem
+from ..scores.selection import Selection
 from ..scores.statistics import Sigmoid, decode, gradient_dtype
 
-__all__ = ["GRADIENT", "KEPT_PRODUCTS", "STATISTICS", "SWEEP", "no_autocast"]
+__all__ = ["GRADIENT", "KEPT_PRODUCTS", "SELECT", "STATISTICS", "SWEEP", "no_autocast"]
 
 _PROBLEM = (
     "Tensor x, Tensor y, Tensor scale, Tensor? bias, Tensor? target, Tensor? row_id, Tensor? col_id, "
@@ -27,6 +28,9 @@ _PROBLEM = (
 _SCHEMAS = {
     "statistics": f"({_PROBLEM}, Tensor? targets, str epilogue, int flags, bool keep)"
     " -> (Tensor nll, Tensor gap, Tensor state, Tensor products)",
+    "select": f"({_PROBLEM}, Tensor? targets, str epilogue, int flags, bool keep, int k, bool noise, Tensor law,"
+    " Tensor? totals, Tensor place)"
+    " -> (Tensor nll, Tensor gap, Tensor state, Tensor products, Tensor order, Tensor best)",
     "gradient": f"({_PROBLEM}, Tensor? targets, Tensor state, Tensor products, Tensor d_nll, Tensor? d_gap,"
     " str epilogue, int flags, bool need_x, bool need_y, bool need_scale, bool need_col)"
     " -> (Tensor dx, Tensor dy, Tensor d_scale, Tensor d_bias, Tensor d_col)",
@@ -54,16 +58,27 @@ def factors(problem: Problem, lengths: tuple[int, int]) -> Tensor | None:
 
 
 def _statistics(backend: Any) -> Any:
-    def statistics(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        targets, epilogue, flags, keep = arguments[FIELDS:]
-        problem, statistic = Problem(*arguments[:FIELDS]), decode(epilogue, flags)
-        with no_autocast(problem.x.device.type):
-            state, products = backend.statistics(problem, statistic, keep)
-            lengths = statistic.lengths(problem.x.shape[0], problem.y.shape[0])
-            nll, *gap = statistic.finish(state, targets, factors(problem, lengths) if statistic.factor else None)
-        return nll, gap[0] if gap else nll.new_empty(0), state, products
+    def statistics(*arguments: Any) -> tuple[Tensor, ...]:
+        return _finished(backend, arguments, None)[:4]
 
     return statistics
+
+
+def _select(backend: Any) -> Any:
+    def select(*arguments: Any) -> tuple[Tensor, ...]:
+        return _finished(backend, arguments[: FIELDS + 4], Selection(*arguments[FIELDS + 4 :]))
+
+    return select
+
+
+def _finished(backend: Any, arguments: tuple[Any, ...], selection: Selection | None) -> tuple[Tensor, ...]:
+    targets, epilogue, flags, keep = arguments[FIELDS:]
+    problem, statistic = Problem(*arguments[:FIELDS]), decode(epilogue, flags)
+    with no_autocast(problem.x.device.type):
+        state, products, best = backend.statistics(problem, statistic, keep, selection)
+        lengths = statistic.lengths(problem.x.shape[0], problem.y.shape[0])
+        nll, *gap = statistic.finish(state, targets, factors(problem, lengths) if statistic.factor else None)
+    return nll, gap[0] if gap else nll.new_empty(0), state, products, *(best or ())
 
 
 def _gradient(backend: Any) -> Any:
@@ -100,6 +115,14 @@ def _statistics_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return scale.new_empty(length), gap, scale.new_empty((statistic.fields, length)), products
 
 
+def _select_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    problem, k = Problem(*arguments[:FIELDS]), arguments[FIELDS + 4]
+    nll, gap, state, products = _statistics_fake(*arguments[: FIELDS + 4])
+    length = state.shape[1]
+    none = nll if state.shape[0] else nll.new_empty(0)  # a selection alone has no statistic
+    return none, gap, state, products, problem.x.new_empty((length, k), dtype=torch.int64), nll.new_empty((length, k))
+
+
 def _gradient_fake(*arguments: Any) -> tuple[Tensor, ...]:
     problem, (need_x, need_y, _, need_col) = Problem(*arguments[:FIELDS]), arguments[-4:]
     dx = problem.x.new_empty(problem.x.shape if need_x else (0,))
@@ -114,8 +137,8 @@ def _sweep_fake(*arguments: Any) -> tuple[Tensor, ...]:
     return arguments[2].new_empty(()), dx.to(dtype), dy.to(dtype), d_scale, d_bias
 
 
-_MAKE = {"statistics": _statistics, "gradient": _gradient, "sweep": _sweep}
-_FAKES = {"statistics": _statistics_fake, "gradient": _gradient_fake, "sweep": _sweep_fake}
+_MAKE = {"statistics": _statistics, "select": _select, "gradient": _gradient, "sweep": _sweep}
+_FAKES = {"statistics": _statistics_fake, "select": _select_fake, "gradient": _gradient_fake, "sweep": _sweep_fake}
 _PYTHON = {"torch": (chunked, ("CPU", "CUDA")), "triton": (gpu, ("CPU", "CUDA"))}
 
 for _name, _schema in _SCHEMAS.items():
@@ -126,6 +149,6 @@ for _name, _schema in _SCHEMAS.items():
         for _device in _devices:
             _library.impl(f"{_name}.{_backend}", _MAKE[_name](_module), _device)
 
-STATISTICS, GRADIENT, SWEEP = (
+STATISTICS, SELECT, GRADIENT, SWEEP = (
     {b: getattr(getattr(torch.ops.fastvlm_loss, name), b) for b in ("torch", "cpp", "triton")} for name in _SCHEMAS
 )

@@ -10,12 +10,13 @@ from torch import Tensor
 from ..backends import dense
 from ..scores.pairs import paired_products
 from ..scores.problem import Problem
-from ..scores.statistics import Hinge, Sigmoid, Softmax
+from ..scores.selection import Selection
+from ..scores.statistics import Candidates, Hinge, Sigmoid, Softmax
 from .autograd import Statistics, Total, Weighted
 from .dispatch import resolve
-from .ops import KEPT_PRODUCTS, no_autocast
+from .ops import KEPT_PRODUCTS, SELECT, no_autocast
 
-__all__ = ["SoftmaxTile", "hinge", "paired", "positives", "sigmoid", "softmax", "weighted_rows"]
+__all__ = ["SoftmaxTile", "hinge", "paired", "positives", "select", "sigmoid", "softmax", "weighted_rows"]
 
 # products held at a time where a sum of rows makes its gradients along with it: 64 MB
 STRIP = {"cpp": 16 * 2**20, "torch": 16 * 2**20}
@@ -33,6 +34,7 @@ class SoftmaxTile:
             under the teacher's softmax where the problem has one (None unless asked).
         targets: how many targets each has, or None where each has exactly one; 0 takes it out of a mean.
         lengths: how many of the L are rows and how many columns; 0 for a direction not asked.
+        selected: state of the selection asked for (`scores/selection.py`), or None.
     """
 
     nll: Tensor
@@ -42,6 +44,7 @@ class SoftmaxTile:
     statistic: Softmax | Hinge
     counts: Tensor | None
     state: Tensor
+    selected: tuple[Tensor, Tensor] | None = None
 
     @property
     def summary(self) -> dict[str, Tensor]:
@@ -65,7 +68,7 @@ class SoftmaxTile:
 
 def softmax(
     problem: Problem, *, rows: bool = True, cols: bool = True, gap: bool = False, positives: str = "mask",
-    hard: bool = False, detached: bool = False, hardest: bool = False,
+    hard: bool = False, detached: bool = False, hardest: bool = False, selection: Selection | None = None,
 ) -> SoftmaxTile:  # fmt: skip
     """Negative log-likelihood of the targets along rows and columns, without the score matrix.
 
@@ -79,6 +82,7 @@ def softmax(
         hard: only negatives are candidates, weighted in proportion to exp(problem.numbers[0] * score).
         detached: those weights have no gradient.
         hardest: whether the summary has the hardest negative.
+        selection: of negatives of the same rows and columns, made from the same products.
     """
     limited = problem.row_limit is not None
     learning = (problem.teacher_x, problem.teacher_y, problem.teacher_scale)
@@ -91,7 +95,7 @@ def softmax(
         limit=limited, guide=limited and problem.second == "guide", margin=problem.second == "margin", gap=gap,
         teacher=problem.second == "teacher", factor=problem.row_factor is not None, hardness=hard, detached=detached,
     )  # fmt: skip
-    return _statistics(problem, statistic)
+    return _statistics(problem, statistic, selection)
 
 
 def weighted_rows(problem: Problem, weights: Tensor, share: float = 0.0) -> Tensor:
@@ -113,17 +117,36 @@ def weighted_rows(problem: Problem, weights: Tensor, share: float = 0.0) -> Tens
     return total
 
 
-def hinge(problem: Problem, *, rows: bool = True, cols: bool = True, hardest: bool = False) -> SoftmaxTile:
+def hinge(
+    problem: Problem, *, rows: bool = True, cols: bool = True, hardest: bool = False, selection: Selection | None = None
+) -> SoftmaxTile:
     """Sum over the negatives of max(score - threshold, 0), with the factors of `problem` as the thresholds.
 
     Differentiable in the features, scale, bias and thresholds.
     """
     limited = problem.row_limit is not None
     guide = limited and problem.second == "guide"
-    return _statistics(problem, Hinge(rows=rows, cols=cols, hardest=hardest, limit=limited, guide=guide))
+    return _statistics(problem, Hinge(rows=rows, cols=cols, hardest=hardest, limit=limited, guide=guide), selection)
 
 
-def _statistics(p: Problem, statistic: Softmax | Hinge) -> SoftmaxTile:
+def select(problem: Problem, selection: Selection, *, rows: bool = True, cols: bool = True) -> tuple[Tensor, Tensor]:
+    """State `[L, k]` of a selection among the candidates that are no targets, no gradient."""
+    limited = problem.row_limit is not None
+    statistic = Candidates(rows=rows, cols=cols, limit=limited, guide=limited and problem.second == "guide")
+    backend = resolve(problem, statistic)
+    with torch.no_grad(), no_autocast(problem.x.device.type):
+        if backend == "dense":
+            return dense.selected(problem, statistic, selection)
+        how = statistic.name, statistic.flags, False
+        order, best = SELECT[backend](*problem.tensors(), None, *how, *_told(selection))[4:]
+    return order, best
+
+
+def _told(selection: Selection) -> tuple[object, ...]:
+    return selection.k, selection.noise, selection.law, selection.totals, selection.place
+
+
+def _statistics(p: Problem, statistic: Softmax | Hinge, selection: Selection | None = None) -> SoftmaxTile:
     m, n = p.x.shape[0], p.y.shape[0]
     if statistic.hardest and max(m, n) > MOST_INDICES:
         raise ValueError(f"image_features: got a batch of {m} x {n}, wanted at most {MOST_INDICES} for indices")
@@ -135,12 +158,14 @@ def _statistics(p: Problem, statistic: Softmax | Hinge) -> SoftmaxTile:
     backend = resolve(p, statistic)
     if backend == "dense":
         with no_autocast(p.x.device.type):
-            *vectors, state = dense.finished(p, statistic)
+            found = (*dense.finished(p, statistic), *(dense.selected(p, statistic, selection) if selection else ()))
     else:
-        *vectors, state = Statistics.apply(*p.tensors(), targets, backend, statistic.name, statistic.flags)
+        told = () if selection is None else _told(selection)
+        found = Statistics.apply(*p.tensors(), targets, backend, statistic.name, statistic.flags, *told)
+    vectors, state = found[: 1 + statistic.gap], found[1 + statistic.gap]
     return SoftmaxTile(
         vectors[0], vectors[1] if statistic.gap else None, statistic.known(state, targets), statistic.lengths(m, n),
-        statistic, targets, state,
+        statistic, targets, state, found[2 + statistic.gap :] if selection else None,
     )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """One file a loss: equation, typed function, oracle, registration."""
 
 from ._metrics import BatchMetrics
+from ._negatives import BatchNegatives
 from ._spec import Learned, LossSpec, parameters, registry
 from .caption import caption_loss, vqa_loss
 from .clip import clip_loss
@@ -13,7 +14,7 @@ from .soft_target import soft_target_clip_loss
 from .triplet import triplet_loss
 
 __all__ = [
-    "BatchMetrics", "Learned", "LossSpec", "caption_loss", "clip_loss", "hard_negative_clip_loss",
+    "BatchMetrics", "BatchNegatives", "Learned", "LossSpec", "caption_loss", "clip_loss", "hard_negative_clip_loss",
     "linear_cross_entropy", "margin_clip_loss", "parameters", "registry", "relevance_clip_loss", "siglip_loss",
     "soft_target_clip_loss", "triplet_loss", "vqa_loss",
 ]  # fmt: skip

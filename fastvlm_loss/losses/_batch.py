@@ -15,6 +15,7 @@ from ..scores import check
 from ..scores.filters import Filter, filtered
 from ..scores.problem import Problem
 from ._metrics import BatchMetrics
+from ._negatives import BatchNegatives
 from ._reduce import DIRECTIONS, REDUCTIONS, combine, sample_weights, unit_features
 
 __all__ = ["Batch", "Options", "Selection", "one_process"]
@@ -32,6 +33,7 @@ class Selection(TypedDict, total=False):
     directions: Literal["both", "image", "text"]
     normalize: bool
     metrics: BatchMetrics | None
+    negatives: BatchNegatives | None
     group: None
     check_finite: bool
 
@@ -51,6 +53,7 @@ class Batch:
     directions: str
     reduction: str
     metrics: BatchMetrics | None
+    negatives: BatchNegatives | None
     filters: bool
 
     @classmethod
@@ -59,8 +62,8 @@ class Batch:
         logit_bias: Tensor | float | None, *, labels: Tensor | None = None, image_ids: Tensor | None = None,
         text_ids: Tensor | None = None, filters: Filter | Sequence[Filter] | None = None,
         image_weights: Tensor | None = None, text_weights: Tensor | None = None, directions: str = "both",
-        normalize: bool = False, reduction: str = "mean", metrics: BatchMetrics | None = None, group: object = None,
-        check_finite: bool = False, **unknown: object,
+        normalize: bool = False, reduction: str = "mean", metrics: BatchMetrics | None = None,
+        negatives: BatchNegatives | None = None, group: object = None, check_finite: bool = False, **unknown: object,
     ) -> Batch:  # fmt: skip
         """Check the public arguments."""
         for name in unknown:
@@ -75,6 +78,10 @@ class Batch:
         one_process(group)
         if metrics is not None and not isinstance(metrics, BatchMetrics):
             raise TypeError(f"metrics: got {type(metrics).__name__}, wanted a fastvlm_loss.BatchMetrics to fill")
+        if negatives is not None and not isinstance(negatives, BatchNegatives):
+            raise TypeError(f"negatives: got {type(negatives).__name__}, wanted a fastvlm_loss.BatchNegatives to fill")
+        if negatives is not None and directions != "both":
+            raise ValueError(f"negatives: got them beside directions={directions!r}, wanted 'both'")
         if check.flag("normalize", normalize):
             image_features, text_features = unit_features(image_features, text_features)
         problem = Problem.of(
@@ -90,7 +97,7 @@ class Batch:
                 if isinstance(rule, Filter) and rule.image_features is not None and rule.text_features is not None:
                     check.finite("filters' image_features", rule.image_features)
                     check.finite("filters' text_features", rule.text_features)
-        return cls(filtered(problem, filters), weights, directions, reduction, metrics, filters is not None)
+        return cls(filtered(problem, filters), weights, directions, reduction, metrics, negatives, filters is not None)
 
     def but(self, **changes: Any) -> Batch:
         """The same with other fields."""
@@ -99,7 +106,11 @@ class Batch:
     def softmax(self, **options: Any) -> SoftmaxTile:
         """`tile.softmax` in the directions asked for, by-products delivered."""
         rows, cols = self.directions != "text", self.directions != "image"
+        if self.negatives is not None:
+            options["selection"] = self.negatives.selection(self.problem)
         t = tile.softmax(self.problem, rows=rows, cols=cols, hardest=self.metrics is not None, **options)
+        if self.negatives is not None:
+            self.negatives.fill(t, self.problem)
         if self.metrics is not None:
             self.metrics.fill(t, self.problem.x.shape[0], self.problem.y.shape[0], self.filters)
         return t

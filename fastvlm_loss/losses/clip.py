@@ -16,6 +16,7 @@ from ..scores import check
 from ..scores.filters import Filter, absolute
 from ._batch import Batch
 from ._metrics import BatchMetrics
+from ._negatives import BatchNegatives
 from ._oracle import entries, log_sum, matrix, mean_of, sides_of, some_ids, some_weights
 from ._spec import Learned, LossSpec, register
 
@@ -42,6 +43,7 @@ def clip_loss(
     normalize: bool = False,
     reduction: Literal["mean", "sum", "none"] = "mean",
     metrics: BatchMetrics | None = None,
+    negatives: BatchNegatives | None = None,
     group: None = None,
     check_finite: bool = False,
 ) -> Tensor:
@@ -75,6 +77,7 @@ def clip_loss(
         reduction: "mean" (weighted mean of each direction, then their mean), "sum", or "none" (`[M]`; `[N]` for
             directions="text"; both directions need M = N).
         metrics: a `BatchMetrics` to fill with accuracies, mean scores and hardest negatives of this pass.
+        negatives: a `BatchNegatives` to fill with hard negatives for image-text matching, from this pass.
         group: must be None; the loss over a process group is not part of this version.
         check_finite: raise on NaN or infinity in the features, naming the row (synchronises on a GPU).
 
@@ -95,7 +98,8 @@ def clip_loss(
     batch = Batch.of(
         image_features, text_features, logit_scale, logit_bias, labels=labels, image_ids=image_ids, text_ids=text_ids,
         filters=filters, image_weights=image_weights, text_weights=text_weights, directions=directions,
-        normalize=normalize, reduction=reduction, metrics=metrics, group=group, check_finite=check_finite,
+        normalize=normalize, reduction=reduction, metrics=metrics, negatives=negatives, group=group,
+        check_finite=check_finite,
     )  # fmt: skip
     t = batch.softmax(gap=eps > 0, positives=positives)
     return batch.reduce(t.nll if t.gap is None else t.nll + eps * t.gap, t)

@@ -48,7 +48,7 @@ def hard_negative_clip_loss(
         detach_weights: no gradient through the weights. False, as published, lets it through: easy negatives are then
             pulled in a little.
         **options: labels, image_ids, text_ids, filters, image_weights, text_weights, directions, normalize, reduction,
-            metrics, group, check_finite as of `clip_loss`. A sample without a negative is dropped.
+            metrics, negatives, group, check_finite as of `clip_loss`. A sample without a negative is dropped.
 
     Returns:
         fp32 scalar (fp64 for fp64 features), or per-sample losses for reduction="none". Differentiable in features,

@@ -65,7 +65,7 @@ def relevance_clip_loss(
         regularizer: >= 0.1, the weight of mean (log r)^2.
         label_smoothing: as of `clip_loss`.
         **options: labels, image_ids, text_ids, filters, image_weights, text_weights, directions, normalize, reduction,
-            metrics, group, check_finite as of `clip_loss`. Weights multiply the relevance in mode "weight".
+            metrics, negatives, group, check_finite as of `clip_loss`. Weights multiply the relevance in mode "weight".
 
     Returns:
         fp32 scalar (fp64 for fp64 features), or per-sample losses for reduction="none". Differentiable in features,
@@ -106,6 +106,10 @@ def relevance_clip_loss(
         own = tuple(r if w is None or r is None else r * w for r, w in zip((rows, cols), batch.weights, strict=True))
         batch = batch.but(weights=own)
     elif scope == "shared":
+        if batch.negatives is not None:
+            raise ValueError(
+                "negatives: got them beside scope='shared', whose scores are scaled, wanted hard_negatives(...)"
+            )
         batch = batch.but(problem=batch.problem.tempered_rows(rows))
     elif scope == "row":
         batch = batch.but(problem=batch.problem.weighted(rows, None))

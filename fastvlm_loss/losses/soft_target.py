@@ -50,8 +50,8 @@ def soft_target_clip_loss(
         teacher_grad: whether the teacher's features and scale have gradients (for E = D all products of `clip_loss`
             once more).
         **options: labels, image_ids, text_ids, filters, image_weights, text_weights, directions, normalize (of all
-            features), reduction, metrics, group, check_finite as of `clip_loss`. What leaves the candidates leaves the
-            teacher's softmax too.
+            features), reduction, metrics, negatives, group, check_finite as of `clip_loss`. What leaves the candidates
+            leaves the teacher's softmax too.
 
     Returns:
         fp32 scalar (fp64 for fp64 features), or per-sample losses for reduction="none". Differentiable in features,

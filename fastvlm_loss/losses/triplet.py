@@ -56,8 +56,8 @@ def triplet_loss(
         reduction: None as published ("sum" over everything; "mean" for "selective"); "mean" averages each direction
             over its anchors, then both; "sum" adds everything; "none" gives the mean of both directions per pair.
         **options: labels, image_ids, text_ids, filters, image_weights, text_weights, directions, normalize, metrics,
-            group, check_finite as of `clip_loss`. Equal ids are no negatives, -1 takes a sample out; a text with
-            several images compares with their mean; a sample without a negative has loss 0.
+            negatives, group, check_finite as of `clip_loss`. Equal ids are no negatives, -1 takes a sample out; a text
+            with several images compares with their mean; a sample without a negative has loss 0.
 
     Returns:
         fp32 scalar (fp64 for fp64 features), or per-sample losses. Differentiable in features and weights.
@@ -78,7 +78,11 @@ def triplet_loss(
     positive = tile.positives(p)
     problem = p.weighted(*(side - m for side in positive))
     own = torch.cat([side for side, wanted in zip(positive, (rows, cols), strict=True) if wanted])
-    t = tile.hinge(problem, rows=rows, cols=cols, hardest=batch.metrics is not None or mining != "sum")
+    selection = None if batch.negatives is None else batch.negatives.selection(p)
+    hardest = batch.metrics is not None or mining != "sum"
+    t = tile.hinge(problem, rows=rows, cols=cols, hardest=hardest, selection=selection)
+    if batch.negatives is not None:
+        batch.negatives.fill(t, p)
     if batch.metrics is not None:
         batch.metrics.fill(t, p.x.shape[0], p.y.shape[0], batch.filters, own)
     losses = t.nll

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 __all__ = [
-    "alike", "choice", "features", "finite", "flag", "floating", "integers", "number", "readable", "scalar", "shaped",
-    "tokens", "vector", "whole", "whole_numbers",
+    "alike", "choice", "features", "finite", "flag", "floating", "integers", "mask", "number", "readable", "scalar",
+    "sets", "shaped", "tokens", "vector", "whole", "whole_numbers",
 ]  # fmt: skip
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)  # all of which int64 holds
@@ -40,8 +40,8 @@ def features(name: str, value: object) -> Tensor:
 
 def alike(name: str, value: Tensor, other: str, base: Tensor) -> None:
     """Features that share D, dtype and device with those of the argument `other`."""
-    if value.shape[1] != base.shape[1]:
-        raise ValueError(f"{name}: got {_got(value)}, wanted D = {base.shape[1]} as in {other}")
+    if value.shape[-1] != base.shape[-1]:
+        raise ValueError(f"{name}: got {_got(value)}, wanted D = {base.shape[-1]} as in {other}")
     if value.device != base.device:
         raise ValueError(f"{name}: got a tensor on {value.device}, wanted {base.device} as in {other}")
     if value.dtype != base.dtype:
@@ -126,6 +126,25 @@ def tokens(name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor) or value.layout != torch.strided or value.dim() == 0:
         raise TypeError(f"{name}: got {_got(value)}, wanted a floating tensor of shape [..., H]")
     return features(name, value.flatten(0, -2) if value.dim() > 2 else value)
+
+
+def sets(name: str, value: object) -> Tensor:
+    """A floating `[rows, tokens, D]` tensor."""
+    if not isinstance(value, Tensor) or value.dtype not in DTYPES:
+        raise TypeError(f"{name}: got {_got(value)}, wanted a floating tensor of shape [rows, tokens, D]")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: got a {value.layout} tensor, wanted a dense one")
+    if value.dim() != 3 or 0 in value.shape[1:]:
+        raise ValueError(f"{name}: got {_got(value)}, wanted shape [rows, tokens, D] with a token and D >= 1")
+    return value
+
+
+def mask(name: str, value: object, shape: torch.Size, like: Tensor) -> Tensor:
+    """A bool tensor of this shape beside `like`."""
+    flat = shaped(name, value, shape)
+    if flat.dtype != torch.bool:
+        raise TypeError(f"{name}: got {_got(value)}, wanted a bool tensor")
+    return _sized(name, flat, flat.shape[0], like).reshape(shape)
 
 
 def shaped(name: str, value: object, shape: torch.Size) -> Tensor:

@@ -1,0 +1,53 @@
+"""Hard negatives as a by-product of a loss: one product of the features serves both."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..engine.tile import SoftmaxTile
+from ..scores.negatives import HardNegatives, Hardness, Law
+from ..scores.problem import Problem
+from ..scores.selection import Selection
+
+__all__ = ["BatchNegatives"]
+
+
+class BatchNegatives:
+    """Negatives for image-text matching from a loss's own pass: `clip_loss(..., negatives=negatives)` fills it.
+
+    What `hard_negatives` picks with the loss's labels, ids and filters, without a second product of the features.
+
+    Args:
+        k, hardness, scale, seed, step: as of `hard_negatives`.
+
+    Attributes:
+        found: `HardNegatives` of the last call, None before it.
+
+    Raises:
+        TypeError, ValueError: named.
+    """
+
+    def __init__(
+        self, k: int = 1, *, hardness: Hardness = 1.0, scale: Tensor | float = 1 / 0.07, seed: int | None = None,
+        step: int | Tensor | None = None,
+    ) -> None:  # fmt: skip
+        self.law = Law.of(k, hardness, scale, 0.0, seed, step)
+        self.found: HardNegatives | None = None
+
+    def selection(self, problem: Problem) -> Selection:
+        """What the loss's pass is asked for besides."""
+        if problem.second == "margin":
+            raise ValueError(
+                "negatives: got them beside a margin, whose scores are shifted, wanted hard_negatives(...)"
+            )
+        return self.law.selection(problem)
+
+    def fill(self, t: SoftmaxTile, problem: Problem) -> None:
+        """From the states `[L, k]` of both directions."""
+        assert t.selected is not None
+        (order, best), m = t.selected, t.lengths[0]
+        self.found = self.law.result((order[:m], best[:m]), (order[m:], best[m:]), problem)
+
+    def __repr__(self) -> str:
+        law = self.law
+        return f"BatchNegatives(k={law.k}, hardness={law.hardness}, seed={law.seed}, step={law.step})"

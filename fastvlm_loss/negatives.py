@@ -1,0 +1,134 @@
+"""Hard negatives for image-text matching, picked in a stream: no M x N matrix, of scores or of noise.
+
+key_ij = hardness * scale * <x_i, y_j> + Gumbel noise; the k largest keys of each row are its negative texts, those of
+each column its negative images. See docs/negatives.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .engine import tile
+from .queue import FeatureQueue
+from .scores import check
+from .scores.filters import Filter, filtered
+from .scores.negatives import HardNegatives, Hardness, Law, LinearHardness
+from .scores.problem import Problem
+
+__all__ = ["HardNegatives", "LinearHardness", "hard_negatives"]
+
+Queues = FeatureQueue | tuple[FeatureQueue | None, FeatureQueue | None]
+State = tuple[Tensor, Tensor]
+
+
+@torch.no_grad()
+def hard_negatives(
+    image_features: Tensor,
+    text_features: Tensor,
+    k: int = 1,
+    *,
+    hardness: Hardness = 1.0,
+    scale: Tensor | float = 1 / 0.07,
+    floor: float = 0.0,
+    labels: Tensor | None = None,
+    image_ids: Tensor | None = None,
+    text_ids: Tensor | None = None,
+    filters: Filter | Sequence[Filter] | None = None,
+    queue: Queues | None = None,
+    seed: int | None = None,
+    step: int | Tensor | None = None,
+    group: None = None,
+    check_finite: bool = False,
+) -> HardNegatives:
+    """For each image k negative texts and for each text k negative images, in one pass that stores no scores.
+
+    Drawn without replacement with probabilities in proportion to exp(hardness * scale * <x_i, y_j>), exactly, or with
+    hardness=inf the k largest. Never the positive, an equal id, or an entry with NaN. The same draw for any tiling,
+    number of threads, device: a function of (seed, step) and of the place in the batch. No gradient; on a GPU nothing
+    waits.
+
+    Args:
+        image_features, text_features: floating `[M, D]` and `[N, D]`, usually of unit length.
+        k: negatives of each, 1 to 64.
+        hardness: 0 uniform, 1 the law of ALBEF, inf deterministic; or a schedule, a function of the step
+            (`LinearHardness`). Ties of equal keys go to the lowest index.
+        scale: of the products, a positive number or tensor `[]`. Fixed by default: with the learned logit_scale, which
+            grows sevenfold in training, the same hardness ends as nearly deterministic.
+        floor: added to each probability, as of BLIP (1e-4): a mixture with the uniform draw. Costs a second pass.
+        labels: int `[M]`, the text of each image (-1 for none); needed if M != N, else the text of the same index.
+        image_ids, text_ids: int `[M]`, `[N]`; equal ids are no negatives, -1 takes an entry out. One alone serves both.
+        filters: of `fastvlm_loss.filters`: look-alikes of the positive are no negatives.
+        queue: a `FeatureQueue` of texts, or a pair of them (of images, of texts): its entries are candidates too, at
+            indices from N (of texts) and M (of images) on.
+        seed, step: ints >= 0 (`step` also an int64 tensor `[]`); not needed for hardness=inf.
+        group: None.
+        check_finite: whether NaN or infinity in the features raises instead of being left out.
+
+    Returns:
+        `HardNegatives`.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, shape, dtype, device or range, named.
+
+    Source: Li et al. 2021 (ALBEF), section 3.2; Kool et al. 2019 (Gumbel-top-k); Salmon et al. 2011 (Philox).
+    """
+    if group is not None:
+        raise ValueError(f"group: got {type(group).__name__}, wanted None (one process; gather the features yourself)")
+    law = Law.of(k, hardness, scale, floor, seed, step)
+    of_images, of_texts = _queues(queue)
+    m, n = (t.shape[0] if isinstance(t, Tensor) and t.dim() == 2 else 0 for t in (image_features, text_features))
+    if (of_images or of_texts) and image_ids is None and text_ids is None and labels is None and m == n:
+        image_ids = text_ids = (of_images or of_texts).own_ids(m)  # type: ignore[union-attr]
+    problem = Problem.of(
+        image_features, text_features, 1.0, labels=labels, image_ids=image_ids, text_ids=text_ids,
+        check_finite=check.flag("check_finite", check_finite),
+    )  # fmt: skip
+    whole = filtered(problem, filters)
+    for name, features, found in (("images", image_features, of_images), ("texts", text_features, of_texts)):
+        if found is not None and whole.row_id is None:
+            raise ValueError(f"image_ids: got None beside a queue of {name} and labels, wanted ids of images and texts")
+        if found is not None and found.dim != features.shape[1]:
+            raise ValueError(f"queue: got {name} of D = {found.dim}, wanted {features.shape[1]}")
+        if found is not None and whole.second:
+            raise ValueError(f"filters: got a guide beside a queue of {name}, which has no features of the guide")
+    selection = law.selection(whole)
+    rows = cols = None
+    if floor:
+        scores = replace(whole, scale=selection.law[0].to(whole.scale.dtype))
+        totals = tile.softmax(scores).summary["lse"].float()
+        selection = replace(selection, totals=totals)
+        rows, cols = totals[:m], totals[m:]
+    order, best = tile.select(whole, selection)
+    to_row, to_col = (order[:m], best[:m]), (order[m:], best[m:])
+    if of_texts is not None:
+        more = _beside(whole, of_texts, step, rows=True)
+        to_row = law.join(to_row, tile.select(more, replace(law.selection(more, 0, n), totals=rows), cols=False))
+    if of_images is not None:
+        more = _beside(whole, of_images, step, rows=False)
+        to_col = law.join(to_col, tile.select(more, replace(law.selection(more, m, 0), totals=cols), rows=False))
+    return law.result(to_row, to_col, problem)
+
+
+def _queues(queue: object) -> tuple[FeatureQueue | None, FeatureQueue | None]:
+    if queue is None or isinstance(queue, FeatureQueue):
+        return None, queue
+    if isinstance(queue, tuple) and len(queue) == 2 and all(q is None or isinstance(q, FeatureQueue) for q in queue):
+        return queue
+    raise TypeError(
+        f"queue: got {type(queue).__name__}, wanted a FeatureQueue of texts, or a pair (of images, of texts)"
+    )
+
+
+def _beside(p: Problem, queue: FeatureQueue, step: int | Tensor | None, rows: bool) -> Problem:
+    """The rows of a problem with the queue as its columns, or the columns with the queue as rows; no targets."""
+    features, ids = queue.features.to(p.x.dtype), queue.valid_ids(step)
+    count = p.x.shape[0] if rows else len(ids)
+    none = torch.full((count,), -1, dtype=torch.int64, device=p.x.device)
+    unlimited = None if p.row_limit is None else p.row_limit.new_full((2, len(ids)), torch.inf)
+    if rows:
+        return replace(p, y=features, col_id=ids, target=none, col_limit=unlimited)
+    return replace(p, x=features, row_id=ids, target=none, row_limit=unlimited)
