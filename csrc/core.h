@@ -88,7 +88,7 @@ struct Picking {
 struct Picked {
   int rows, cols;
   uint16_t row_at[kTileCols], col_at[kTileCols];
-  float to_row[kTileCols], to_col[kTileCols];  // bounds of all keys
+  float to_row[kTileCols], to_col[kTileCols];  // bounds of their keys
   int64_t pair;                                // of rows, whose random words these are
   uint32_t words[4][kTileCols];                // of the even row's two directions, of the odd row's
 };

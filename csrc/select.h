@@ -15,7 +15,8 @@ namespace fastvlm {
 class Selector {
  public:
   Selector(const Problem& p, const Selection& how, const Plan& plan)
-      : p_(p), how_(how), plan_(plan), row_locks_(new std::mutex[divide_up(plan.rows_macro, plan.tile_rows)]),
+      : p_(p), how_(how), plan_(plan),
+        row_locks_(new std::mutex[divide_up(plan.rows_macro, std::max<int64_t>(1, plan.tile_rows))]),
         col_locks_(new std::mutex[divide_up(plan.cols_macro, plan.tile_cols)]) {
     std::fill_n(how.order, p.length() * how.k, kNobody);
     std::fill_n(how.best, p.length() * how.k, 0.f);

@@ -80,14 +80,15 @@ def hard_negatives(
         raise ValueError(f"group: got {type(group).__name__}, wanted None (one process; gather the features yourself)")
     law = Law.of(k, hardness, scale, floor, seed, step)
     of_images, of_texts = _queues(queue)
-    m, n = (t.shape[0] if isinstance(t, Tensor) and t.dim() == 2 else 0 for t in (image_features, text_features))
-    if (of_images or of_texts) and image_ids is None and text_ids is None and labels is None and m == n:
-        image_ids = text_ids = (of_images or of_texts).own_ids(m)  # type: ignore[union-attr]
+    any_queue = of_images if of_texts is None else of_texts
+    if any_queue is not None and image_ids is None and text_ids is None and labels is None:
+        image_ids = any_queue.own_ids(check.features("image_features", image_features).shape[0])
     problem = Problem.of(
         image_features, text_features, 1.0, labels=labels, image_ids=image_ids, text_ids=text_ids,
         check_finite=check.flag("check_finite", check_finite),
     )  # fmt: skip
     whole = filtered(problem, filters)
+    m, n = whole.x.shape[0], whole.y.shape[0]
     for name, features, found in (("images", image_features, of_images), ("texts", text_features, of_texts)):
         if found is not None and whole.row_id is None:
             raise ValueError(f"image_ids: got None beside a queue of {name} and labels, wanted ids of images and texts")
