@@ -43,6 +43,8 @@ class Selector {
     if (t.flags & kCols) {
       std::lock_guard<std::mutex> hold(col_lock);
       for (int64_t j = 0; j < t.cols; ++j) least[j] = last(first + j);
+    } else {
+      std::fill_n(least, t.cols, std::numeric_limits<float>::infinity());
     }
     std::fill(least + t.cols, least + t.padded, std::numeric_limits<float>::infinity());
     picked.pair = -1;
