@@ -30,6 +30,9 @@ class FeatureQueue(torch.nn.Module):
         dim: D of the features.
         dtype: they are kept in; bf16 halves the memory of fp32.
         max_age: steps after which an entry is no candidate; None keeps all.
+        start_step: before this step nothing is a candidate: features drift fast in the beginning.
+        payload: shape and dtype of what each entry brings along beside its features, for instance
+            `((77,), torch.int64)` for the tokens of a text, which the fusion encoder encodes anew.
         device: of the buffers.
 
     Raises:
@@ -43,14 +46,17 @@ class FeatureQueue(torch.nn.Module):
     steps: Tensor
     cursor: Tensor
     pushed: Tensor
+    payload: Tensor | None
 
     def __init__(
         self, size: int, dim: int, *, dtype: torch.dtype = torch.float32, max_age: int | None = None,
+        start_step: int = 0, payload: tuple[tuple[int, ...], torch.dtype] | None = None,
         device: torch.device | str | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.size, self.dim = check.whole("size", size, low=1), check.whole("dim", dim, low=1)
         self.max_age = None if max_age is None else check.whole("max_age", max_age, low=0)
+        self.start_step = check.whole("start_step", start_step, low=0)
         if dtype not in check.DTYPES:
             raise TypeError(f"dtype: got {dtype}, wanted float64, float32, bfloat16 or float16")
         self.register_buffer("features", torch.zeros(size, dim, dtype=dtype, device=device))
@@ -58,15 +64,22 @@ class FeatureQueue(torch.nn.Module):
         self.register_buffer("steps", torch.zeros(size, dtype=torch.int64, device=device))
         self.register_buffer("cursor", torch.zeros((), dtype=torch.int64, device=device))
         self.register_buffer("pushed", torch.zeros((), dtype=torch.int64, device=device))
+        if payload is not None and not (isinstance(payload, tuple) and len(payload) == 2):
+            raise TypeError(f"payload: got {payload!r}, wanted a pair of shape and dtype")
+        empty = None if payload is None else torch.zeros((size, *payload[0]), dtype=payload[1], device=device)
+        self.register_buffer("payload", empty)
 
     @torch.no_grad()
-    def push(self, features: Tensor, ids: Tensor | None = None, step: int | Tensor = 0) -> None:
+    def push(
+        self, features: Tensor, ids: Tensor | None = None, step: int | Tensor = 0, payload: Tensor | None = None
+    ) -> None:
         """Store a batch of any size; of one larger than the queue its last features stay.
 
         Args:
             features: floating `[B, D]`, detached here.
             ids: int `[B]`, or None for features that equal nobody's; -1 stores an entry that is no candidate.
             step: when they were made, for `max_age`.
+            payload: `[B, ...]` of the shape and dtype that the queue was made for, detached here.
         """
         x = check.features("features", features)
         if x.shape[1] != self.dim:
@@ -78,19 +91,30 @@ class FeatureQueue(torch.nn.Module):
         new = own if ids is None else check.integers("ids", ids, count, x)
         if not isinstance(step, Tensor):
             check.whole("step", step)
+        if self.payload is None and payload is not None:
+            raise ValueError("payload: got a tensor, wanted None: the queue was made without")
+        if self.payload is not None:
+            wanted = count, *self.payload.shape[1:]
+            if payload is None or payload.shape != wanted or payload.dtype != self.payload.dtype:
+                got = "None" if payload is None else f"{payload.dtype} {list(payload.shape)}"
+                raise ValueError(f"payload: got {got}, wanted {self.payload.dtype} {list(wanted)}")
         stay = min(count, self.size)
         slot = (self.cursor + count - stay + torch.arange(stay, device=x.device)) % self.size
         self.features[slot] = x[count - stay :].to(self.features.dtype)
         self.ids[slot] = new[count - stay :]
+        if self.payload is not None and payload is not None:
+            self.payload[slot] = payload[count - stay :].detach()
         self.steps[slot] = torch.as_tensor(step, dtype=torch.int64, device=x.device)
         self.cursor.copy_((self.cursor + count) % self.size)
         self.pushed.add_(count)
 
     def valid_ids(self, step: int | Tensor | None = None) -> Tensor:
-        """Ids `[size]` of the slots, -1 where there is nothing or, given the current `step`, something too old."""
-        if self.max_age is None or step is None:
+        """Ids `[size]` of the slots; -1 where there is nothing or, given the current `step`, too early or too old."""
+        if step is None:
             return self.ids.clone()
-        return self.ids.masked_fill(self.steps < step - self.max_age, -1)
+        too_old = self.ids == -1 if self.max_age is None else self.steps < step - self.max_age
+        early = torch.as_tensor(step, device=self.ids.device) < self.start_step
+        return self.ids.masked_fill(too_old | early, -1)
 
     def extend(
         self, features: Tensor, ids: Tensor | None = None, step: int | Tensor | None = None
@@ -113,6 +137,29 @@ class FeatureQueue(torch.nn.Module):
         """Ids `[count]` for a batch without any: they equal nobody's, as long as they are not pushed themselves."""
         return OWN + 1 + torch.arange(count, device=self.ids.device)
 
+    def gather(self, values: Tensor, index: Tensor) -> Tensor:
+        """What the indices of `hard_negatives(..., queue=self)` stand for: of the batch, and behind it of the queue.
+
+        Args:
+            values: `[B, ...]` of the batch, of the shape and dtype of the payload.
+            index: int `[...]` in [0, B + size); -1 gives the first of the batch, to be left out by its weight.
+
+        Returns:
+            `[*index.shape, ...]`, with the gradient of `values`.
+        """
+        if self.payload is None:
+            raise ValueError("gather: the queue was made without payload, wanted FeatureQueue(..., payload=...)")
+        if values.shape[1:] != self.payload.shape[1:] or values.dtype != self.payload.dtype:
+            raise ValueError(
+                f"values: got {values.dtype} {list(values.shape)}, "
+                f"wanted {self.payload.dtype} [B, {', '.join(map(str, self.payload.shape[1:]))}]"
+            )
+        count = values.shape[0]
+        own = values[index.clamp(0, count - 1)]
+        past = self.payload[(index - count).clamp(min=0)]
+        of_batch = (index < count).reshape(index.shape + (1,) * (values.dim() - 1))
+        return torch.where(of_batch, own, past)
+
     def labels(self, count: int) -> Tensor:
         """Labels `[count + size]` of `count` images in front of the queue's, which have none."""
         return torch.cat([torch.arange(count, device=self.ids.device), torch.full_like(self.ids, -1)])
@@ -123,4 +170,4 @@ class FeatureQueue(torch.nn.Module):
 
     def extra_repr(self) -> str:
         """Its sizes."""
-        return f"size={self.size}, dim={self.dim}, max_age={self.max_age}"
+        return f"size={self.size}, dim={self.dim}, max_age={self.max_age}, start_step={self.start_step}"

@@ -121,3 +121,48 @@ def test_errors():
     ):
         with pytest.raises(kind, match=message):
             call()
+
+
+def test_a_payload_travels_with_its_features():
+    queue = FeatureQueue(4, 2, payload=((3,), torch.int64))
+    tokens = torch.arange(18).reshape(6, 3)
+    queue.push(torch.eye(2).repeat(3, 1), torch.arange(6), payload=tokens)
+    assert queue.payload.tolist() == [tokens[4].tolist(), tokens[5].tolist(), tokens[2].tolist(), tokens[3].tolist()]
+    batch = torch.full((5, 3), -7)
+    batch[1] = 99
+    found = queue.gather(batch, torch.tensor([[1, 5], [8, -1]]))
+    assert found.tolist() == [[[99] * 3, tokens[4].tolist()], [tokens[3].tolist(), [-7] * 3]]
+    other = FeatureQueue(4, 2, payload=((3,), torch.int64))
+    other.load_state_dict(queue.state_dict())
+    assert torch.equal(other.payload, queue.payload)
+
+
+def test_gathered_values_keep_their_gradient():
+    queue = FeatureQueue(2, 2, payload=((2,), torch.float32))
+    values = torch.ones(3, 2, requires_grad=True)
+    queue.gather(values, torch.tensor([0, 2, 4])).sum().backward()
+    assert values.grad.tolist() == [[1, 1], [0, 0], [1, 1]]
+
+
+def test_nothing_is_a_candidate_before_the_start():
+    queue = FeatureQueue(3, 2, start_step=10)
+    queue.push(torch.eye(2), torch.tensor([4, 5]), step=2)
+    assert queue.valid_ids(9).tolist() == [-1, -1, -1] and queue.valid_ids(10).tolist() == [4, 5, -1]
+    assert queue.valid_ids(torch.tensor(9)).tolist() == [-1, -1, -1]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda q, p: q.push(torch.eye(2), payload=torch.ones(2, 3)), "payload: got a tensor, wanted None"),
+        (lambda q, p: p.push(torch.eye(2)), "payload: got None, wanted torch.int64"),
+        (lambda q, p: p.push(torch.eye(2), payload=torch.ones(2, 3)), "payload: got torch.float32"),
+        (lambda q, p: q.gather(torch.ones(2, 3), torch.tensor([0])), "gather: the queue was made without"),
+        (lambda q, p: p.gather(torch.ones(2, 4), torch.tensor([0])), "values: got torch.float32"),
+        (lambda q, p: FeatureQueue(2, 2, payload=3), "payload: got 3"),
+        (lambda q, p: FeatureQueue(2, 2, start_step=-1), "start_step: got -1"),
+    ],
+)
+def test_errors_of_payloads_are_named(make, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        make(FeatureQueue(4, 2), FeatureQueue(4, 2, payload=((3,), torch.int64)))
