@@ -1,9 +1,10 @@
-"""The README's benchmark block, generated from the saved results."""
+"""The README's benchmark blocks, generated from the saved results."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from . import negatives
 from .report import markdown
 from .store import RESULTS, load, render
 
@@ -11,12 +12,13 @@ __all__ = ["END", "README", "START", "block", "splice", "update"]
 
 README = Path(__file__).parents[1] / "README.md"
 START, END = "<!-- benchmark:start -->", "<!-- benchmark:end -->"
+NEGATIVES = "<!-- negatives:start -->", "<!-- negatives:end -->"
 
 
 def update(check: bool = False) -> bool:
-    """Redraw all saved results and rewrite the block, or only look (`check`); whether the README was up to date."""
+    """Redraw all saved results and rewrite the blocks, or only look (`check`); whether the README was up to date."""
     before = README.read_text() if README.exists() else ""
-    after = splice(before, block())
+    after = splice(splice(before, block()), negatives.block(), *NEGATIVES)
     if not check:
         for path in sorted(RESULTS.glob("*.json")):
             render(path)

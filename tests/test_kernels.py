@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
-PARTS = {"launches": sorted(TESTS.glob("interpreted_*.py")), "numerics": [TESTS / "test_gpu.py"]}
+PARTS = {
+    "launches": [*sorted(TESTS.glob("interpreted_*.py")), TESTS / "test_gpu_negatives.py"],
+    "numerics": [TESTS / "test_gpu.py"],
+}
 
 
 @pytest.fixture(scope="module")

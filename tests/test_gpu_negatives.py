@@ -1,0 +1,137 @@
+"""The selection kernel: the same indices as chunked PyTorch, exact order, and what only a GPU can show.
+
+With FASTVLM_TEST_DEVICE=cpu and TRITON_INTERPRET=1 it runs in Triton's interpreter; test_kernels.py does that.
+"""
+
+import math
+import os
+
+import pytest
+import torch
+from fastvlm_loss.kernels import configs
+
+import fastvlm_loss
+from fastvlm_loss import BatchNegatives, clip_loss, filters, hard_negatives
+from fastvlm_loss.backends import triton as backend
+
+DEVICE = os.environ.get("FASTVLM_TEST_DEVICE", "cuda")
+ON_GPU = DEVICE != "cpu"
+pytestmark = pytest.mark.gpu if ON_GPU else []
+gpu_only = pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")
+if not ON_GPU:
+    import interpreter
+
+    interpreter.install()
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+N = 1500 if ON_GPU else 90
+
+
+def lattice(n, d, seed, dtype, most=2):
+    """Features whose products are exact in any order of summation and in any dtype."""
+    g = torch.Generator().manual_seed(seed)
+    return torch.randint(-most, most + 1, (n, d), generator=g).to(DEVICE, dtype)
+
+
+def guided(dtype):
+    return [filters.guide(lattice(N, 6, 8, dtype), lattice(N, 6, 9, dtype), margin=-3.0), filters.absolute(4.0)]
+
+
+OPTIONS = {
+    "drawn": lambda dtype: {},
+    "uniform": lambda dtype: {"hardness": 0.0},
+    "greedy": lambda dtype: {"hardness": math.inf},
+    "ids": lambda dtype: {"image_ids": torch.arange(N, device=DEVICE) // 3 - 1},
+    "floor": lambda dtype: {"floor": 1e-2},
+    "filters": lambda dtype: {"filters": filters.relative(0.5)},
+    "guide": lambda dtype: {"filters": guided(dtype)},
+    "labels": lambda dtype: {"labels": torch.arange(N, device=DEVICE).flip(0) // 2},
+    "far": lambda dtype: {"seed": 2**40 + 1, "step": 2**33 + 7},
+}
+
+
+def found(name, x, y, k, **options):
+    with fastvlm_loss.backend(name):
+        result = hard_negatives(x, y, k, **{"seed": 5, "step": 3, "scale": 0.2, **options})
+    return result.text_index, result.image_index, result.text_score, result.image_score
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@by_dtype
+def test_the_same_indices_as_chunked_pytorch(option, dtype):
+    x, y = lattice(N, 24, 0, dtype), lattice(N, 24, 1, dtype)
+    k = 5 if option != "ids" else 20
+    options = OPTIONS[option](dtype)
+    for got, want in zip(found("triton", x, y, k, **options), found("torch", x, y, k, **options), strict=True):
+        # keys that differ by the last digit of a logarithm may change places
+        differ = got != want if not got.is_floating_point() else (got - want).abs() > 1e-5
+        assert float(differ.float().mean()) < 0.005
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 1), (7, 33, 3), (70, 130, 64), (N, N, 2)])
+@by_dtype
+def test_the_largest_in_order(m, n, k, dtype):
+    x, y = lattice(m, 16, 0, dtype), lattice(n, 16, 1, dtype)
+    labels = torch.arange(m, device=DEVICE) % n
+    scores = x.float() @ y.float().T
+    scores[torch.arange(m, device=DEVICE), labels] = -math.inf
+    text, image, *_ = found("triton", x, y, k, hardness=math.inf, labels=labels)
+    for axis, index in ((1, text), (0, image)):
+        ordered = scores.sort(dim=axis, descending=True, stable=True)  # equal scores: the lowest index first
+        want = ordered.indices.masked_fill(ordered.values == -math.inf, -1).movedim(axis, 1)[:, :k]
+        assert torch.equal(index[:, : want.shape[1]], want) and bool((index[:, want.shape[1] :] == -1).all())
+
+
+@pytest.mark.parametrize("hardness", [1.0, math.inf])
+def test_any_tile_and_any_strips(hardness, monkeypatch):
+    x, y = lattice(N, 16, 0, torch.bfloat16), lattice(N, 16, 1, torch.bfloat16)
+    want = found("triton", x, y, 6, hardness=hardness)
+    tiles = [(32, 64, 16, 64), (16, 16, 16, 16)] if not ON_GPU else [(64, 32, 16, 32), (32, 64, 16, 64)]
+    for rows, cols, depth, piece in tiles:
+        monkeypatch.setattr(backend, "_workspace", 2**16)
+        with configs.use("select", configs.Tile(rows, cols, depth, piece, warps=4, stages=2)):
+            got = found("triton", x, y, 6, hardness=hardness)
+        for a, b in zip(got, want, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_nan_is_excluded():
+    x, y = lattice(40, 8, 0, torch.float32), lattice(40, 8, 1, torch.float32)
+    x[3, 1], y[5] = math.nan, math.nan
+    text, image, *_ = found("triton", x, y, 39)
+    assert not (text == 5).any() and not (image == 3).any()
+    assert bool((text[3] == -1).all()) and bool((image[5] == -1).all())
+
+
+def test_beside_a_loss():
+    x, y = (lattice(70, 16, s, torch.bfloat16) / 8 for s in (0, 1))
+    with fastvlm_loss.backend("triton"):
+        negatives = BatchNegatives(3, scale=2.0, seed=1, step=2)
+        loss = clip_loss(x, y, 10.0, negatives=negatives)
+        alone = hard_negatives(x, y, 3, scale=2.0, seed=1, step=2)
+        assert torch.equal(loss, clip_loss(x, y, 10.0))
+    assert torch.equal(negatives.found.text_index, alone.text_index)
+    assert torch.equal(negatives.found.image_index, alone.image_index)
+
+
+@gpu_only
+def test_nothing_waits_for_the_gpu():
+    x, y = lattice(N, 64, 0, torch.bfloat16), lattice(N, 64, 1, torch.bfloat16)
+    hard_negatives(x, y, 4, seed=0, step=0)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        hard_negatives(x, y, 4, seed=0, step=1, image_ids=torch.arange(N, device=DEVICE) // 2)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@gpu_only
+def test_memory_is_bounded():
+    x, y = lattice(20_000, 64, 0, torch.bfloat16), lattice(20_000, 64, 1, torch.bfloat16)
+    hard_negatives(x, y, 8, seed=0, step=0)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    hard_negatives(x, y, 8, seed=0, step=1)
+    # the workspace, the library's top-k of it, and the results
+    assert torch.cuda.max_memory_allocated() - before < 4 * backend._workspace < 20_000**2 * 4
