@@ -139,6 +139,20 @@ class Session:
             return "over time", ended.last()
         return ("failed", ended.reason()) if ended.status else ("passed", "")
 
+    def negatives(self, seconds: float) -> tuple[str, str]:
+        """`python -m benchmarks.negatives`."""
+        how = ["--quick", "--device", "cpu", "--rounds", "2"] if self.rehearse else ["--device", "cuda"]
+        asked = ["-m", "benchmarks.negatives", *how, "--output", str(self.of_negatives)]
+        ended = command([sys.executable, *asked], seconds, self.environment)
+        if ended.over:
+            return "over time", ended.last()
+        return ("failed", ended.reason()) if ended.status else ("passed", ended.last())
+
+    @property
+    def of_negatives(self) -> Path:
+        """Where its result is."""
+        return self.folder / "negatives" / "result.json"
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run all steps, save the JSON, print the table."""
@@ -158,11 +172,16 @@ def main(arguments: list[str] | None = None) -> int:
         session = Session(asked.rehearse, Path(folder))
         done = list(taken(steps(session), start + asked.seconds - TABLE))
         found = sorted(session.folder.glob("*.json"))
+        negatives = store.load(session.of_negatives) if session.of_negatives.exists() else None
         result = {**(store.load(found[0]) if found else nothing(asked.rehearse)), "steps": done, "tests": session.tests}
     output = Path(asked.output)
     output.mkdir(parents=True, exist_ok=True)
     path = output / f"{result['name']}.json"
     store.save(result, path)
+    if negatives is not None:
+        beside = output / "negatives" / path.name
+        beside.parent.mkdir(exist_ok=True)
+        store.save({k: v for k, v in negatives.items() if k != "name"}, beside)
     print(*summary(result), f"Saved {path}", sep="\n", flush=True)
     left = max(start + asked.seconds - time.monotonic(), 5.0)
     show = command([sys.executable, "-m", "benchmarks", "show", str(path)], left, session.environment)
@@ -176,6 +195,7 @@ def steps(session: Session) -> list[Step]:
         Step("install", 75, session.install),
         Step("gpu tests", 240, session.test),
         Step("compute-sanitizer", 40, session.sanitize),
+        Step("negatives", 45, session.negatives),
         Step("benchmark", SECONDS, session.benchmark),
     ]
 
