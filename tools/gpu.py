@@ -192,10 +192,10 @@ def main(arguments: list[str] | None = None) -> int:
 def steps(session: Session) -> list[Step]:
     """Correctness before speed; the benchmark has what the others leave."""
     return [
-        Step("install", 75, session.install),
-        Step("gpu tests", 240, session.test),
-        Step("compute-sanitizer", 40, session.sanitize),
-        Step("negatives", 45, session.negatives),
+        Step("install", 60, session.install),
+        Step("gpu tests", 230, session.test),
+        Step("compute-sanitizer", 35, session.sanitize),
+        Step("negatives", 30, session.negatives),
         Step("benchmark", SECONDS, session.benchmark),
     ]
 
