@@ -7,6 +7,7 @@ gradients: with one image x of unit length dL/dy_j = scale * (dL/ds_j) * x, so t
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 import fastvlm_loss
 from fastvlm_loss import filters
 
-__all__ = ["PICTURES", "batch", "draw", "pull"]
+__all__ = ["PICTURES", "batch", "draw", "pull", "style"]
 
 HERE = Path(__file__).parent
 SCALE, POSITIVE = 10.0, 0.4
@@ -113,16 +114,21 @@ def sigmoid() -> list[tuple[str, list[Curve]]]:
 PICTURES = {"softmax": (softmax, "symlog"), "ranking": (ranking, "linear"), "sigmoid": (sigmoid, "log")}
 
 
-def draw(folder: Path = HERE) -> list[Path]:
-    """All pictures into `folder`, the same bytes for the same numbers."""
+def style() -> AbstractContextManager[None]:
+    """How matplotlib draws the documentation's pictures: the same bytes for the same numbers, grey on nothing."""
     import matplotlib
 
     matplotlib.use("svg")
     settings: dict[str, Any] = {"svg.hashsalt": "fastvlm_loss", "svg.fonttype": "none", "font.family": "sans-serif"}
     for part in ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"):
         settings[part] = GREY
+    return matplotlib.rc_context(settings)
+
+
+def draw(folder: Path = HERE) -> list[Path]:
+    """All pictures into `folder`, the same bytes for the same numbers."""
     made = []
-    with matplotlib.rc_context(settings):
+    with style():
         for name, (panels, scale) in PICTURES.items():
             path = folder / f"gradients-{name}.svg"
             _figure(panels(), scale).savefig(path, transparent=True, metadata={"Date": None})

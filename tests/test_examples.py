@@ -1,0 +1,57 @@
+"""The examples run as they are, and what they train gets better."""
+
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+# cross-entropy of a head that looks at nothing and knows that one pair in three matches
+BLIND = math.log(3) - 2 / 3 * math.log(2)
+
+
+def run(name, *options):
+    command = [sys.executable, str(EXAMPLES / name), *options]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=EXAMPLES.parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.splitlines()
+
+
+@pytest.fixture(scope="module")
+def both():
+    head, *rows = run("albef_step.py", "--steps", "60")
+    assert head.split() == ["step", "usual", "contrastive", "matching", "ours", "contrastive", "matching"]
+    return [[float(number) for number in row.split()] for row in rows]
+
+
+def test_both_variants_of_the_albef_step_learn_to_match(both):
+    assert [row[0] for row in both] == [0, 10, 20, 30, 40, 50]
+    for contrastive, matching in ((1, 2), (3, 4)):
+        first, last = both[0], both[-1]
+        assert last[contrastive] < first[contrastive] / 3
+        assert last[matching] < 0.9 * BLIND < first[matching]
+
+
+def test_the_variants_begin_alike(both):
+    # the same weights and pairs, another draw of the same law
+    assert both[0][1] == pytest.approx(both[0][3], rel=0.02) and both[0][2] == pytest.approx(both[0][4], rel=0.05)
+
+
+def test_the_two_lines_are_marked():
+    assert len(re.findall(r"# <- the (?:first|second)", (EXAMPLES / "albef_step.py").read_text())) == 2
+
+
+def test_every_example_is_listed():
+    listed = (EXAMPLES / "README.md").read_text()
+    assert all(f"]({path.name})" in listed for path in EXAMPLES.glob("*.py"))
