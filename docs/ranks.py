@@ -20,7 +20,7 @@ from .gradients import BLUE, GOLD, GREEN, GREY, RED, style
 __all__ = ["PICTURE", "batch", "draw", "places", "ranks", "shares"]
 
 PICTURE = Path(__file__).parent / "negatives-ranks.svg"
-PAIRS, DIM, TOPICS, STEPS = 1024, 64, 64, 16
+PAIRS, DIM, TOPICS, STEPS = 1024, 64, 64, 4
 HARDNESS = {0.0: GREY, 0.5: GREEN, 1.0: BLUE, 3.0: GOLD, math.inf: RED}
 SCALES = {1 / 0.07: BLUE, 30.0: GOLD, 100.0: RED}
 

@@ -1,19 +1,23 @@
 """docs/losses.md, the README's table and the pictures are what the generators write; the examples on the page run."""
 
+import math
 import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 
-from docs import docstrings, gradients, make, page
+import fastvlm_loss
+from docs import docstrings, gradients, make, page, ranks
 from fastvlm_loss.losses import parameters
 
 ROOT = Path(__file__).parents[1]
 PAGE = make.PAGE.read_text()
+NEGATIVES = (make.PAGE.parent / "negatives.md").read_text()
 
 
 def test_the_page_and_the_readme_are_up_to_date():
@@ -82,3 +86,43 @@ def test_the_pictures_show_gradients():
     torch.testing.assert_close(sigmoid, (scores[1:] - 5).sigmoid())
     ranking = gradients.pull(triplet_loss, cosines, scale=None, mining="max", directions="image")
     assert ranking.tolist() == [0, 0, 0, 1]
+
+
+def test_the_examples_about_negatives_run_in_order():
+    scope = {}
+    blocks = re.findall(r"```python\n(.*?)```", NEGATIVES, re.S)
+    assert len(blocks) >= 4
+    for block in blocks:
+        exec(compile(block, "negatives.md", "exec"), scope)
+    assert len(scope["pairs"].labels) == 512 and scope["index"].shape == (256, 4)
+
+
+def test_every_published_method_is_a_call_that_runs():
+    features = ("image", "text", "image_m", "text_m", "image_g", "text_g")
+    scope = {name: torch.nn.functional.normalize(torch.randn(30, 8), dim=1) for name in features}
+    scope |= {name: getattr(fastvlm_loss, name) for name in fastvlm_loss.__all__} | {"math": math}
+    scope |= {"scale": 20.0, "step": 3, "ids": torch.arange(30) // 2, "texts": fastvlm_loss.FeatureQueue(9, 8)}
+    section = re.search(r"^## Which published method(.*?)(?=^## )", NEGATIVES, re.S | re.M)[1]
+    calls = [call for call in re.findall(r"`((?:\w+)\(.*?\))`(?= |\W)", section) if "..." not in call]
+    assert len(calls) >= 12
+    for call in calls:
+        assert eval(call, scope) is not None, call
+
+
+def test_the_picture_of_ranks_shows_what_is_picked(tmp_path):
+    path = tmp_path / "ranks.svg"
+    drawn = ranks.draw(path).read_bytes()
+    for svg in (drawn, ranks.PICTURE.read_bytes()):
+        ElementTree.fromstring(svg)
+        assert 2_000 < len(svg) < 60_000
+    assert f"]({ranks.PICTURE.name})" in NEGATIVES and drawn == ranks.draw(path).read_bytes()
+    features = ranks.batch()
+    of = ranks.places(features)
+    found = [ranks.shares(ranks.ranks(features, of, hardness=h)) for h in ranks.HARDNESS]
+    assert all(bool((harder >= easier).all()) for easier, harder in pairwise(found))
+    uniform = torch.arange(1, ranks.PAIRS) / (ranks.PAIRS - 1)
+    torch.testing.assert_close(found[0], uniform, atol=1.63 / (2 * ranks.STEPS * ranks.PAIRS) ** 0.5, rtol=0)
+    assert bool((found[-1] == 1).all())
+    # "12 % of the picks are the very hardest at scale 1/0.07, and 84 % at scale 100"
+    late = ranks.shares(ranks.ranks(features, of, scale=100.0))
+    assert [round(100 * float(share[0])) for share in (found[2], late)] == [12, 84]
