@@ -61,6 +61,7 @@ def _values(spec: LossSpec, name: str) -> list[Any]:
         "bias": torch.zeros(SIZE).double(), "logit_bias": -1.0,
         "filters": filters.absolute(0.1),
         **dict.fromkeys(VECTORS, torch.ones(SIZE).double()),
+        **({"text_relevance": torch.ones(SIZE, spec.tokens[1]).double()} if spec.tokens else {}),
         **dict.fromkeys(("teacher_hidden", "teacher_weight"), torch.eye(SIZE).double()), **NUMBERS,
     }  # fmt: skip
     if name in made:

@@ -6,7 +6,7 @@ import inspect
 from typing import Any
 
 from fastvlm_loss import BatchMetrics, FeatureQueue, filters, modules
-from fastvlm_loss.losses import LossSpec, registry
+from fastvlm_loss.losses import LossSpec, documented
 
 from . import docstrings, options
 from .docstrings import prose
@@ -79,7 +79,7 @@ print(metrics.image_accuracy, metrics.hardest_text)
 
 def specs() -> list[LossSpec]:
     """The registered losses: those on pairs of features, then those on tokens and a vocabulary."""
-    return sorted(registry.values(), key=lambda s: (bool(s.names), s.name))
+    return sorted(documented.values(), key=lambda s: (bool(s.names), s.name))
 
 
 def table(link: str = "#") -> str:

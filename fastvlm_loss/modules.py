@@ -12,6 +12,7 @@ from .losses import (
     caption_loss,
     clip_loss,
     hard_negative_clip_loss,
+    late_interaction_loss,
     linear_cross_entropy,
     margin_clip_loss,
     parameters,
@@ -23,8 +24,8 @@ from .losses import (
 )
 
 __all__ = [
-    "CLIPLoss", "CaptionLoss", "HardNegativeCLIPLoss", "LinearCrossEntropyLoss", "LossModule", "MarginCLIPLoss",
-    "RelevanceCLIPLoss", "SigLIPLoss", "SoftTargetCLIPLoss", "TripletLoss", "VQALoss",
+    "CLIPLoss", "CaptionLoss", "HardNegativeCLIPLoss", "LateInteractionLoss", "LinearCrossEntropyLoss", "LossModule",
+    "MarginCLIPLoss", "RelevanceCLIPLoss", "SigLIPLoss", "SoftTargetCLIPLoss", "TripletLoss", "VQALoss",
 ]  # fmt: skip
 
 
@@ -101,6 +102,12 @@ class TripletLoss(LossModule):
     """`triplet_loss` as a module: `TripletLoss(mining="max")(image_features, text_features)`."""
 
     function = staticmethod(triplet_loss)
+
+
+class LateInteractionLoss(LossModule):
+    """`late_interaction_loss` as a module: `LateInteractionLoss()(image_tokens, text_tokens, logit_scale)`."""
+
+    function = staticmethod(late_interaction_loss)
 
 
 class LinearCrossEntropyLoss(LossModule):

@@ -23,6 +23,7 @@ from .losses import Learned, LossSpec
 __all__ = ["Case", "evaluate", "inputs", "poison", "violations"]
 
 ULPS = 4
+GRID = 64  # products of unit vectors of multiples of 1/64 are exact in fp32, in any order
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ def inputs(spec: LossSpec, case: Case) -> tuple[dict[str, Tensor], dict[str, Any
     text = F.normalize(torch.randn(n, case.d, generator=g, dtype=torch.float64), dim=1)
     pair = text[torch.arange(case.m) % max(n, 1)] if n else text.new_zeros(case.m, case.d)
     image = F.normalize(pair + case.noise * torch.randn(case.m, case.d, generator=g, dtype=torch.float64) / case.d**0.5)
+    if spec.tokens:
+        image, text = (_tokens(t, number, g) for t, number in zip((image, text), spec.tokens, strict=True))
     small = torch.float64 if case.dtype == torch.float64 else torch.float32
     scaled = spec.takes("logit_scale")
     tensors = {
@@ -87,7 +90,14 @@ def inputs(spec: LossSpec, case: Case) -> tuple[dict[str, Tensor], dict[str, Any
 
 
 def _length(spec: LossSpec, case: Case) -> float:
-    return case.scale if spec.names else 1.0
+    return case.scale if spec.names and not spec.takes("logit_scale") else 1.0
+
+
+def _tokens(features: Tensor, number: int, g: torch.Generator) -> Tensor:
+    """Tokens `[rows, number, D]` around each feature, on a grid on which every precision finds the same maxima."""
+    noise = torch.randn(len(features), number, features.shape[1], generator=g, dtype=torch.float64)
+    tokens = F.normalize(features[:, None] + noise / features.shape[1] ** 0.5, dim=2)
+    return (tokens * GRID).round() / GRID
 
 
 def evaluate(function: Any, tensors: Mapping[str, Tensor], options: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -116,6 +126,8 @@ def violations(spec: LossSpec, case: Case) -> list[str]:
     dense = evaluate(spec.oracle, _cast(tensors, dtype), _cast(options, dtype))
     # features have unit norm; a loss without a scale has none either, unless they carry it
     scale = case.scale if spec.names or spec.takes("logit_scale") else 1.0
+    # what is summed over tokens is as many times as large
+    scale *= max(spec.tokens or (1,)) if options.get("interaction") == "colbert" else 1
     peak = scale + abs(case.bias or 0.0)
     # the largest weight of one sample, so that what cancels exactly on paper may leave a rounding
     unit = 1.0 if options.get("reduction", spec.reduction) != "mean" else min(1.0, 2 / max(case.m, 1))

@@ -2,10 +2,11 @@
 
 from ._metrics import BatchMetrics
 from ._negatives import BatchNegatives
-from ._spec import Learned, LossSpec, parameters, registry
+from ._spec import Learned, LossSpec, documented, parameters, registry
 from .caption import caption_loss, vqa_loss
 from .clip import clip_loss
 from .hard_negative import hard_negative_clip_loss
+from .late_interaction import late_interaction_loss
 from .linear_ce import linear_cross_entropy
 from .margin import margin_clip_loss
 from .relevance import relevance_clip_loss
@@ -14,7 +15,7 @@ from .soft_target import soft_target_clip_loss
 from .triplet import triplet_loss
 
 __all__ = [
-    "BatchMetrics", "BatchNegatives", "Learned", "LossSpec", "caption_loss", "clip_loss", "hard_negative_clip_loss",
-    "linear_cross_entropy", "margin_clip_loss", "parameters", "registry", "relevance_clip_loss", "siglip_loss",
-    "soft_target_clip_loss", "triplet_loss", "vqa_loss",
+    "BatchMetrics", "BatchNegatives", "Learned", "LossSpec", "caption_loss", "clip_loss", "documented",
+    "hard_negative_clip_loss", "late_interaction_loss", "linear_cross_entropy", "margin_clip_loss", "parameters",
+    "registry", "relevance_clip_loss", "siglip_loss", "soft_target_clip_loss", "triplet_loss", "vqa_loss",
 ]  # fmt: skip

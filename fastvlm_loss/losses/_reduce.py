@@ -88,7 +88,7 @@ def unit_features(
 
 
 def unit(features: Tensor) -> Tensor:
-    """Rows of length 1."""
+    """Each vector along the last axis with length 1."""
     # in fp32, rounded once: the norm of a bf16 vector computed in bf16 is off by up to 1 %
     dtype = features.dtype
-    return F.normalize(features.to(torch.promote_types(dtype, torch.float32)), dim=1).to(dtype)
+    return F.normalize(features.to(torch.promote_types(dtype, torch.float32)), dim=-1).to(dtype)

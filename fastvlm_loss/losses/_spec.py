@@ -1,4 +1,7 @@
-"""What the library knows of a loss: registering one adds it to the test matrix, the benchmark and the docs."""
+"""What the library knows of a loss: registering one adds it to the test matrix, the benchmark and the docs.
+
+A loss on sets of tokens is only added to the docs: matrix and benchmark know sizes of features alone.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["Learned", "LossSpec", "parameters", "register", "registry"]
+__all__ = ["Learned", "LossSpec", "documented", "parameters", "register", "registry"]
 
 Loss = Callable[..., Tensor]
 
@@ -37,6 +40,7 @@ class LossSpec:
         reduction: what the function does by default.
         not_square: options that it needs besides where M != N.
         cost: products of M x N x D that forward, and forward with backward, cannot do without unless scores are stored.
+        tokens: of a loss on tokens [M, P, D] and [N, T, D], the P and T that tests take.
     """
 
     function: Loss
@@ -48,6 +52,7 @@ class LossSpec:
     cost: tuple[float, float] = (1, 4)
     reduction: str = "mean"
     not_square: Mapping[str, Any] = field(default_factory=dict)
+    tokens: tuple[int, int] | None = None
 
     @property
     def name(self) -> str:
@@ -64,14 +69,17 @@ class LossSpec:
         return set(names) <= set(parameters(self.function))
 
 
-registry: dict[str, LossSpec] = {}
+registry: dict[str, LossSpec] = {}  # those that the matrix and the benchmark run
+documented: dict[str, LossSpec] = {}  # all
 
 
 def register(spec: LossSpec) -> LossSpec:
     """Add a loss to the registry; its name must be new."""
-    if spec.name in registry:
+    if spec.name in documented:
         raise ValueError(f"register: got {spec.name!r} twice, wanted a new name")
-    registry[spec.name] = spec
+    documented[spec.name] = spec
+    if spec.tokens is None:
+        registry[spec.name] = spec
     return spec
 
 

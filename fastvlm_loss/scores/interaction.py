@@ -107,16 +107,20 @@ class Interaction:
 
         `pairs` has their `first` for features, `summed` is as of `Tokens.weights`.
         """
-        weights = (side.weights(pairs.scale.dtype, summed) for side in (images, texts))
+        x_weight, y_weight = (side.weights(pairs.scale.dtype, summed) for side in (images, texts))
         x, y = (t.to(pairs.x.dtype).contiguous() for t in (x, y))  # autocast has cast `first`
         pairs = _without_empty(pairs, images.padding, texts.padding)
-        return cls(pairs, x, _distinct(y, x), *weights, images.padding, texts.padding)
+        return cls(pairs, x, _distinct(y, x), x_weight, y_weight, images.padding, texts.padding)
 
     @classmethod
     def from_tensors(cls, tensors: tuple[Any, ...]) -> Interaction:
         """What `tensors` lists."""
         x, y, x_weight, y_weight, x_padding, y_padding, *own = tensors
         return cls(Problem(x[:, 0], y[:, 0], *own), x, y, x_weight, y_weight, x_padding, y_padding)
+
+    def turned(self) -> Interaction:
+        """Images and texts in each other's place, but for `pairs`."""
+        return Interaction(self.pairs, self.y, self.x, self.y_weight, self.x_weight, self.y_padding, self.x_padding)
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """What travels through the op boundary."""

@@ -1,0 +1,221 @@
+"""Late interaction: InfoNCE on scores that sum the best match of every token (FILIP, ColBERT's MaxSim).
+
+a_ij = sum_p w_ip max_t <x_ip, y_jt>     how well text j explains the tokens p of image i
+b_ij = sum_t v_jt max_p <x_ip, y_jt>     how well image i explains the tokens t of text j
+w_ip = r_ip / sum_p r_ip, likewise v of the texts' relevance; "colbert": times the number of tokens, a sum for a mean
+L    = ( mean_i [LSE_j alpha a_ij - alpha a_ii] + mean_j [LSE_i alpha b_ij - alpha b_jj] ) / 2
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..engine import interaction as engine
+from ..scores import check
+from ..scores.interaction import Interaction, Tokens
+from ._batch import Batch
+from ._metrics import BatchMetrics
+from ._oracle import entries, log_sum, mean_of, some_ids, some_weights
+from ._reduce import unit
+from ._spec import Learned, LossSpec, register
+from .clip import POSITIVES
+
+__all__ = ["late_interaction_loss"]
+
+
+def late_interaction_loss(
+    image_tokens: Tensor,
+    text_tokens: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None = None,
+    *,
+    image_mask: Tensor | None = None,
+    text_mask: Tensor | None = None,
+    image_relevance: Tensor | None = None,
+    text_relevance: Tensor | None = None,
+    interaction: Literal["filip", "colbert"] = "filip",
+    labels: Tensor | None = None,
+    image_ids: Tensor | None = None,
+    text_ids: Tensor | None = None,
+    positives: Literal["mask", "out", "in"] = "mask",
+    label_smoothing: float = 0.0,
+    image_weights: Tensor | None = None,
+    text_weights: Tensor | None = None,
+    directions: Literal["both", "image", "text"] = "both",
+    normalize: bool = False,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    metrics: BatchMetrics | None = None,
+    group: None = None,
+    check_finite: bool = False,
+) -> Tensor:
+    """Contrastive loss of token sets: every token's best match on the other side, without the scores of the pairs.
+
+    Use it where patches should find their words: towers that give a vector a patch and a vector a token instead of one
+    each. Neither the M x N x P x T products nor the M x N scores are held: beside the tokens, their gradients and
+    vectors of M and N, one tile of products (16 MB on a CPU, 64 on a GPU). All products are made twice, once in forward
+    and once in backward, where each best match takes its gradient by its place: 4 M N P T D operations.
+
+    The two directions have scores of their own: images choose by a_ij, texts by b_ij. With one token each it is
+    `clip_loss`. Where several tokens match equally well, the first has the gradient. All of it is PyTorch and in fp32
+    (fp64 for fp64 tokens), on any device.
+
+    Args:
+        image_tokens: `[M, P, D]`, fp64, fp32, bf16 or fp16, P >= 1; each token L2-normalised by the caller, or
+            `normalize=True`. Under autocast they are cast to its dtype, as a matmul's operands are.
+        text_tokens: `[N, T, D]`, same dtype and device.
+        logit_scale, logit_bias: as of `clip_loss`; with "colbert" the scores are P (T) times as large.
+        image_mask, text_mask: bool `[M, P]`, `[N, T]`, False for padding, which is nobody's match, has no weight and no
+            gradient, whatever stands there; None for none. An image or text without any token takes no part, as with
+            an id of -1.
+        image_relevance, text_relevance: `[M, P]`, `[N, T]`, >= 0, the weight of each token in the scores of its own
+            side; each image's (text's) are divided by their sum, so their size does not matter. None: all count alike,
+            as where all are 0. What is negative or not finite counts as 0 (with `check_finite` it is an error). A token
+            of relevance 0 can still be the best match of others. Differentiable.
+        interaction: "filip", scores are weighted means over the tokens; "colbert", sums, so that long texts have large
+            scores.
+        labels, image_ids, text_ids, positives, label_smoothing, image_weights, text_weights, directions: as of
+            `clip_loss`; they are those of whole images and texts.
+        normalize: L2-normalise every token first (differentiably).
+        reduction, metrics, group, check_finite: as of `clip_loss`.
+
+    Returns:
+        fp32 scalar (fp64 for fp64 tokens), or per-sample losses for reduction="none". Differentiable in tokens, scale,
+        bias (exactly 0), relevance and weights; empty batches give 0.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, shape, dtype, device or range, named.
+
+    Source: Yao et al. 2022 (FILIP), equations 4 and 5; Khattab and Zaharia 2020 (ColBERT), equation 3.
+    """
+    check.choice("interaction", interaction, ("filip", "colbert"))
+    check.choice("positives", positives, POSITIVES)
+    eps = check.number("label_smoothing", label_smoothing, low=0.0, below=1.0)
+    if eps and positives == "in":
+        raise ValueError("label_smoothing: got a number above 0 beside positives='in', wanted 'mask' or 'out'")
+    images = Tokens.of("image", image_tokens, image_mask, image_relevance)
+    texts = Tokens.of("text", text_tokens, text_mask, text_relevance)
+    check.alike("text_tokens", texts.features, "image_tokens", images.features)
+    for name, r, other in (("image", image_relevance, "text"), ("text", text_relevance, "image")):
+        if r is not None and directions == other:
+            raise ValueError(
+                f"{name}_relevance: got a value beside directions={other!r}, which has no scores of the {name}s' own, "
+                "wanted None"
+            )
+    unit_tokens = check.flag("normalize", normalize)
+    if check.flag("check_finite", check_finite):
+        images.check_finite()
+        texts.check_finite()
+    batch = Batch.of(
+        images.first(), texts.first(), logit_scale, logit_bias, labels=labels, image_ids=image_ids, text_ids=text_ids,
+        image_weights=image_weights, text_weights=text_weights, directions=directions, reduction=reduction,
+        metrics=metrics, group=group, check_finite=check_finite,
+    )  # fmt: skip
+    x, y = (unit(t) if unit_tokens else t for t in (images.filled(), texts.filled()))
+    t = engine.softmax(
+        Interaction.of(batch.problem, images, texts, x, y, summed=interaction == "colbert"), gap=eps > 0,
+        rows=directions != "text", cols=directions != "image", positives=positives, hardest=metrics is not None,
+    )  # fmt: skip
+    if metrics is not None:
+        metrics.fill(t, x.shape[0], y.shape[0], filters=False)
+    return batch.reduce(t.nll if t.gap is None else t.nll + eps * t.gap, t)
+
+
+def _oracle(
+    image_tokens: Tensor, text_tokens: Tensor, logit_scale: Tensor | float, logit_bias: Tensor | float | None = None, *,
+    image_mask: Tensor | None = None, text_mask: Tensor | None = None, image_relevance: Tensor | None = None,
+    text_relevance: Tensor | None = None, interaction: str = "filip", labels: Tensor | None = None,
+    image_ids: Tensor | None = None, text_ids: Tensor | None = None, positives: str = "mask",
+    label_smoothing: float = 0.0, image_weights: Tensor | None = None, text_weights: Tensor | None = None,
+    directions: str = "both", normalize: bool = False, reduction: str = "mean",
+) -> Tensor:  # fmt: skip
+    """The equation on all products `[M, N, P, T]`."""
+    x, y = (F.normalize(t, dim=-1) if normalize else t for t in (image_tokens, text_tokens))
+    real = [
+        t.new_ones(t.shape[:2], dtype=torch.bool) if mask is None else mask
+        for t, mask in ((x, image_mask), (y, text_mask))
+    ]
+    products = torch.einsum("ipd,jtd->ijpt", x, y)
+    real_x, real_y = real[0][:, None, :, None], real[1][None, :, None, :]
+    products = products.masked_fill(~(real_x & real_y), -torch.inf)
+    matched = products.isfinite().any(3), products.isfinite().any(2)
+    best_text = products.max(3).values.masked_fill(~matched[0], 0.0)  # [M, N, P]
+    best_image = products.max(2).values.masked_fill(~matched[1], 0.0)  # [M, N, T]
+    shares = []
+    for r, mask in zip((image_relevance, text_relevance), real, strict=True):
+        r = mask.to(products.dtype) if r is None else torch.where(mask, r, 0.0)
+        share = r / r.sum(1, keepdim=True).clamp(min=torch.finfo(r.dtype).tiny)
+        shares.append(share * mask.sum(1, keepdim=True) if interaction == "colbert" else share)
+    a = torch.einsum("ip,ijp->ij", shares[0], best_text)
+    b = torch.einsum("jt,ijt->ij", shares[1], best_image)
+    pair, present, same = entries(a, labels, image_ids, text_ids)
+    present = present & real[0].any(1)[:, None] & real[1].any(1)
+    hit = (pair if positives == "mask" else pair | same) & present
+
+    def losses(z: Tensor, hit: Tensor, live: Tensor) -> Tensor:
+        z = torch.where(live, z, 0.0)
+        if positives == "in":
+            return log_sum(z, live) - log_sum(z, hit)
+        q = (1 - label_smoothing) * hit.to(z.dtype) / hit.sum(1, keepdim=True).clamp(min=1)
+        q = q + label_smoothing * live.to(z.dtype) / live.sum(1, keepdim=True).clamp(min=1)
+        return log_sum(z, live) - (q * z).sum(1)
+
+    live, beta = present & (hit | ~same), 0.0 if logit_bias is None else logit_bias
+    sides = (logit_scale * a + beta, hit, live), ((logit_scale * b + beta).T, hit.T, live.T)
+    return mean_of(losses, sides, (image_weights, text_weights), directions, reduction)
+
+
+def _image_mask(m: int, n: int, device: torch.device, g: torch.Generator) -> Tensor:
+    return _mask(m, TOKENS[0], g).to(device)
+
+
+def _text_mask(m: int, n: int, device: torch.device, g: torch.Generator) -> Tensor:
+    return _mask(n, TOKENS[1], g).to(device)
+
+
+def _mask(rows: int, tokens: int, g: torch.Generator) -> Tensor:
+    """Each row a number of tokens at the front; about one row in eight has none."""
+    return torch.arange(tokens) < torch.randint(-1, 3 * tokens // 2, (rows, 1), generator=g)
+
+
+def _image_relevance(m: int, n: int, device: torch.device, g: torch.Generator) -> Tensor:
+    return torch.rand(m, TOKENS[0], generator=g).add(0.05).to(device)
+
+
+def _text_relevance(m: int, n: int, device: torch.device, g: torch.Generator) -> Tensor:
+    return torch.rand(n, TOKENS[1], generator=g).add(0.05).to(device)
+
+
+TOKENS = (5, 3)
+SPEC = register(
+    LossSpec(
+        function=late_interaction_loss,
+        oracle=_oracle,
+        equation="½ mean_i [LSE_j αa_ij − αa_ii] + ½ mean_j [LSE_i αb_ij − αb_jj], a_ij = Σ_p w_ip max_t ⟨x_ip, y_jt⟩",
+        paper="Yao et al. 2022 (FILIP), equations 4 and 5",
+        variants=(
+            {},
+            {"interaction": "colbert"},
+            {"image_mask": _image_mask, "text_mask": _text_mask},
+            {
+                "image_mask": _image_mask,
+                "text_mask": _text_mask,
+                "image_relevance": Learned(_image_relevance),
+                "text_relevance": Learned(_text_relevance),
+                "image_ids": some_ids,
+                "interaction": "colbert",
+            },
+            {"image_relevance": Learned(_image_relevance), "directions": "image", "label_smoothing": 0.1},
+            {"text_relevance": Learned(_text_relevance), "directions": "text", "image_mask": _image_mask},
+            {"image_ids": some_ids, "positives": "out", "label_smoothing": 0.1, "image_weights": Learned(some_weights)},
+            {"image_ids": some_ids, "positives": "in", "text_mask": _text_mask},
+            {"normalize": True, "reduction": "sum"},
+            {"reduction": "none", "text_ids": some_ids, "text_mask": _text_mask},
+        ),
+        names={"image_features": "image_tokens", "text_features": "text_tokens"},
+        tokens=TOKENS,
+    )
+)
