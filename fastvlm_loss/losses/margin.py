@@ -53,7 +53,7 @@ def margin_clip_loss(
             percentile of R, over up to 512 evenly spaced texts.
         label_smoothing: as of `clip_loss`.
         **options: labels, image_ids, text_ids, filters, image_weights, text_weights, directions, normalize, reduction,
-            metrics, group, check_finite as of `clip_loss`; filters without features of their own.
+            metrics, group, check_finite as of `clip_loss`; filters without features of their own, and no `negatives`.
 
     Returns:
         fp32 scalar (fp64 for fp64 features), or per-sample losses for reduction="none". Differentiable in features,
