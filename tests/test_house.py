@@ -65,7 +65,7 @@ def test_imports_go_downwards(path):
             assert floor(name) < floor(here), f"{path.name} ({here}) imports {name}, which is not below it"
 
 
-FOLDERS = ("fastvlm_loss", "kernels", "csrc", "benchmarks", "tests", "tools")
+FOLDERS = ("fastvlm_loss", "kernels", "csrc", "benchmarks", "examples", "tests", "tools")
 CODE = sorted(p for d in FOLDERS for p in (ROOT / d).rglob("*") if p.suffix in (".py", ".cpp", ".h", ".inc", ".cu"))
 
 
