@@ -12,9 +12,11 @@ from .losses import (
     caption_loss,
     clip_loss,
     hard_negative_clip_loss,
+    itm_loss,
     late_interaction_loss,
     linear_cross_entropy,
     margin_clip_loss,
+    multiscale_itm_loss,
     parameters,
     relevance_clip_loss,
     siglip_loss,
@@ -24,8 +26,9 @@ from .losses import (
 )
 
 __all__ = [
-    "CLIPLoss", "CaptionLoss", "HardNegativeCLIPLoss", "LateInteractionLoss", "LinearCrossEntropyLoss", "LossModule",
-    "MarginCLIPLoss", "RelevanceCLIPLoss", "SigLIPLoss", "SoftTargetCLIPLoss", "TripletLoss", "VQALoss",
+    "CLIPLoss", "CaptionLoss", "HardNegativeCLIPLoss", "ITMLoss", "LateInteractionLoss", "LinearCrossEntropyLoss",
+    "LossModule", "MarginCLIPLoss", "MultiscaleITMLoss", "RelevanceCLIPLoss", "SigLIPLoss", "SoftTargetCLIPLoss",
+    "TripletLoss", "VQALoss",
 ]  # fmt: skip
 
 
@@ -108,6 +111,18 @@ class LateInteractionLoss(LossModule):
     """`late_interaction_loss` as a module: `LateInteractionLoss()(image_tokens, text_tokens, logit_scale)`."""
 
     function = staticmethod(late_interaction_loss)
+
+
+class ITMLoss(LossModule):
+    """`itm_loss` as a module: `ITMLoss()(logits, pairs.labels, pairs.weights)`."""
+
+    function = staticmethod(itm_loss)
+
+
+class MultiscaleITMLoss(LossModule):
+    """`multiscale_itm_loss` as a module: `MultiscaleITMLoss(mode="hard")(patches, texts, pairs, scale, bias)`."""
+
+    function = staticmethod(multiscale_itm_loss)
 
 
 class LinearCrossEntropyLoss(LossModule):

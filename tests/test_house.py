@@ -20,7 +20,7 @@ FLOORS = [
     {"backends", "distributed", "filters", "queue"},
     {"engine"},
     {"losses", "negatives"},
-    {"modules", "testing", "multitask"},
+    {"heads", "modules", "testing", "multitask"},
     {"integrations", "trainer", "demo"},
     {"__init__", "__main__"},
 ]

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 __all__ = [
-    "alike", "choice", "features", "finite", "flag", "floating", "integers", "mask", "number", "readable", "scalar",
-    "sets", "shaped", "tokens", "vector", "whole", "whole_numbers",
+    "alike", "choice", "features", "finite", "flag", "floating", "indices", "integers", "mask", "number", "readable",
+    "scalar", "sets", "shaped", "tokens", "vector", "whole", "whole_numbers",
 ]  # fmt: skip
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)  # all of which int64 holds
@@ -119,6 +119,19 @@ def integers(name: str, value: object, length: int, like: Tensor) -> Tensor:
     if not isinstance(value, Tensor) or value.dtype not in INTEGERS:
         raise TypeError(f"{name}: got {_got(value)}, wanted an integer tensor of shape [{length}]")
     return _sized(name, value, length, like).to(torch.int64).contiguous()
+
+
+def indices(name: str, value: object, like: Tensor, below: int, low: int = 0, length: int | None = None) -> Tensor:
+    """An integer vector beside `like` with values in [low, below), as int64; on a GPU nothing waits for the answer."""
+    size = value.shape[0] if length is None and isinstance(value, Tensor) and value.dim() == 1 else length
+    found = integers(name, value, size or 0, like)
+    inside = ((found >= low) & (found < below)).all()
+    if torch.compiler.is_compiling() or found.is_cuda:
+        torch._assert_async(inside, f"{name}: out of range, wanted values in [{low}, {below})")
+    elif readable(inside) and not bool(inside):
+        bad = int(((found < low) | (found >= below)).int().argmax())
+        raise ValueError(f"{name}: got {int(found[bad])} at index {bad}, wanted values in [{low}, {below})")
+    return found
 
 
 def tokens(name: str, value: object) -> Tensor:

@@ -1,0 +1,227 @@
+"""Image-text matching: the pairs that a fusion encoder is shown, and the loss of its match logits.
+
+l = CE(x, y) = softplus(-(2 y - 1)(x_1 - x_0))       x [n, 2], class 1 is a match;  L = sum w l / sum w
+pairs, of B positives (i, i): (i, i), (wrong image, text i), (image i, wrong text)      shares 1/2, 1/4, 1/4
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..scores import check
+from ..scores.negatives import HardNegatives
+from ..scores.philox import WORD, halves, philox
+from ..scores.problem import _target
+from ._reduce import REDUCTIONS, combine
+
+__all__ = ["ITMBatch", "itm_batch", "itm_loss", "match_loss"]
+
+HALF = (0.5, 0.25, 0.25)
+LAST = 2**32  # above every random word
+
+
+class ITMBatch(NamedTuple):
+    """Pairs for image-text matching: first the positives, then those with a negative; `n` of them, on any draw.
+
+    Attributes:
+        image_index: int64 `[n]`; from M on it is slot `image_index - M` of the queue of images.
+        text_index: int64 `[n]`; from N on it is slot `text_index - N` of the queue of texts.
+        labels: int64 `[n]`, 1 for a match, 0 for none.
+        weights: fp32 `[n]`, of mean 1, or all 0 where there is no negative at all.
+    """
+
+    image_index: Tensor
+    text_index: Tensor
+    labels: Tensor
+    weights: Tensor
+
+
+def itm_loss(
+    logits: Tensor,
+    labels: Tensor,
+    weights: Tensor | None = None,
+    *,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    check_finite: bool = False,
+) -> Tensor:
+    """Cross-entropy of match logits, of class 0 (no match) and class 1 (match).
+
+    Use it on what the fusion encoder's head says of the pairs of `itm_batch`, with their labels and weights.
+
+    Args:
+        logits: `[n, 2]`, fp64, fp32, bf16 or fp16; or `[n, Q, 2]`, one pair of logits a query token, which are averaged
+            over the Q tokens (BLIP-2).
+        labels: int or bool `[n]`, 1 for a match, 0 for none; -1 takes a pair out, whatever its logits.
+        weights: floating `[n]`, or None for ones.
+        reduction: "mean", the weighted mean sum w l / sum w, 0 where no pair has weight; "sum" of w l, or "none".
+        check_finite: whether NaN or infinity in logits or weights raises (synchronises).
+
+    Returns:
+        fp32 scalar (fp64 for fp64 logits), or w l of each pair for reduction="none". Differentiable in logits and
+        weights; no pairs give 0.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, shape, dtype, device or range, named.
+
+    Source: Li et al. 2021 (ALBEF), equation 4; Li et al. 2023 (BLIP-2), section 3.1.
+    """
+    check.choice("reduction", reduction, REDUCTIONS)
+    if not isinstance(logits, Tensor) or logits.dtype not in check.DTYPES:
+        got = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
+        raise TypeError(f"logits: got {got}, wanted a floating tensor of shape [n, 2] or [n, Q, 2]")
+    shape = list(logits.shape)
+    if len(shape) not in (2, 3) or shape[-1] != 2 or 0 in shape[1:]:
+        raise ValueError(f"logits: got shape {shape}, wanted [n, 2] or [n, Q, 2] with Q >= 1")
+    dtype, n = torch.promote_types(logits.dtype, torch.float32), logits.shape[0]
+    match = labels.to(torch.int64) if isinstance(labels, Tensor) and labels.dtype == torch.bool else labels
+    match = check.indices("labels", match, logits, 2, low=-1, length=n)
+    w = None if weights is None else check.vector("weights", weights, n, logits, dtype)
+    if check.flag("check_finite", check_finite):
+        check.finite("logits", logits)
+        if w is not None:
+            check.finite("weights", w)
+    wide = logits.to(dtype)
+    logit = wide[..., 1] - wide[..., 0]
+    return match_loss(logit if logit.dim() == 1 else logit.mean(1), match, w, reduction)
+
+
+def match_loss(logit: Tensor, labels: Tensor, weights: Tensor | None, reduction: str) -> Tensor:
+    """The loss of x_1 - x_0 `[n]`, checked; labels -1, 0 or 1."""
+    present = labels >= 0
+    margin = torch.where(present, torch.where(labels > 0, logit, -logit), 0.0)
+    return combine(-F.logsigmoid(margin), present.to(logit.dtype), (logit.shape[0], 0), (weights, None), reduction)
+
+
+@torch.no_grad()
+def itm_batch(
+    negatives: HardNegatives,
+    composition: Sequence[float] = HALF,
+    mode: Literal["sample", "weight", "albef"] = "sample",
+    *,
+    seed: int | None = None,
+    step: int | Tensor | None = None,
+    labels: Tensor | None = None,
+) -> ITMBatch:
+    """The pairs of a batch and their weights: positives, wrong images and wrong texts.
+
+    Use it between `hard_negatives` and the fusion encoder: gather images and texts by its indices (behind the batch's
+    own stand the queue's, where there is one: `torch.cat([image_embeds, queued])[pairs.image_index]`), and give labels
+    and weights to `itm_loss`. The anchors are the B positive pairs; each has k negatives a side in `negatives`.
+
+    How many pairs there are depends on sizes alone, so nothing waits for a GPU. Where a negative is missing the slot
+    holds its positive once more, with label 1 and weight 0, and the others of its kind share its weight; where a kind
+    has none at all, the other kind has its weight. Where neither has any (a batch of one), all weights are 0, the
+    positives' too: learning from positives alone is degenerate. A warning says so, where values can be read without
+    waiting.
+
+    Args:
+        negatives: of `hard_negatives`, or `found` of `BatchNegatives`.
+        composition: shares of the positives, of wrong images and of wrong texts in the mean loss; they sum to 1. Not of
+            mode "albef".
+        mode: "sample", B + k B pairs: floor(B/2) anchors, in a random order that is a function of (seed, step), give
+            their negative images, the others their negative texts (for other shares of the two, as many as their
+            ratio says; one that has none gives of the other kind). "weight", B + 2 k B pairs: every anchor gives both,
+            and weights make the shares, 1.5, 0.75 and 0.75 by default. "albef": the same pairs with weights of 1.
+        seed, step: ints >= 0 (`step` also an int64 tensor `[]`), of mode "sample".
+        labels: int `[M]`, the text of each image, as of `hard_negatives`; needed if M != N, else the text of the same
+            index. An image with the label -1 is no anchor: its slots hold it with text 0, at weight 0. Images of one
+            text share its negative images.
+
+    Returns:
+        `ITMBatch`, on the device of the negatives; empty if there are no texts.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, shape, dtype, device or range, named.
+
+    Source: Li et al. 2021 (ALBEF), section 3.2; the 50/25/25 composition is of this project's reference document.
+    """
+    if not isinstance(negatives, HardNegatives):
+        raise TypeError(f"negatives: got {type(negatives).__name__}, wanted HardNegatives (`found` of BatchNegatives)")
+    check.choice("mode", mode, ("sample", "weight", "albef"))
+    positive, image_share, text_share = _shares(composition)
+    if mode == "albef" and tuple(composition) != HALF:
+        raise ValueError(f"composition: got {tuple(composition)} beside mode='albef', wanted the default")
+    if mode == "sample":
+        _check_draw(seed, step)
+    of_text, of_image = negatives.text_index, negatives.image_index
+    (m, k), n = of_text.shape, of_image.shape[0]
+    target = _target("labels", labels, of_text, of_image, False)
+    here = torch.arange(m, device=of_text.device)
+    if not n:
+        none = here[:0]
+        return ITMBatch(none, none, none, none.to(torch.float32))
+    own = here if target is None else target
+    anchor, own = own >= 0, own.clamp(min=0)
+    has_text, has_image = negatives.text_valid & anchor[:, None], negatives.image_valid[own] & anchor[:, None]
+    count, total = anchor.sum().to(torch.float32), m + m * k * (1 if mode == "sample" else 2)
+    if mode == "sample":
+        assert seed is not None and step is not None
+        half = (count * (image_share / (image_share + text_share)) + 1e-6).floor()
+        chosen = _rank(anchor, here, seed, step) < half
+        any_image, any_text = has_image.any(1), has_text.any(1)
+        to_image = torch.where(chosen, any_image | ~any_text, any_image & ~any_text)[:, None]
+        blocks = [(to_image & has_image, ~to_image & has_text)]
+        image_mass, text_mass = ((1 - positive) * total * part for part in (half, count - half))
+    else:
+        blocks = [(has_image, torch.zeros_like(has_image)), (torch.zeros_like(has_text), has_text)]
+        if mode == "albef":
+            positive, image_share, text_share = (part / (1 + 2 * k) for part in (1, k, k))
+        image_mass, text_mass = (share * total * count for share in (image_share, text_share))
+    picked = [(torch.where(a, of_image[own], here[:, None]), torch.where(b, of_text, own[:, None])) for a, b in blocks]
+    wrong_image, wrong_text = (torch.cat([b[side].flatten() for b in blocks]) for side in (0, 1))
+    images, texts = wrong_image.sum(), wrong_text.sum()
+    weights = torch.cat(
+        [
+            anchor * (positive * total / count.clamp(min=1)),
+            wrong_image * _each(image_mass, text_mass, images, texts, count)
+            + wrong_text * _each(text_mass, image_mass, texts, images, count),
+        ]
+    ) * (images + texts > 0)
+    if m and check.readable(weights) and not bool(weights.any()):
+        warnings.warn("negatives: got none that is valid, all weights are 0: no matching in this step", stacklevel=3)
+    return ITMBatch(
+        torch.cat([here, *(image.flatten() for image, _ in picked)]),
+        torch.cat([own, *(text.flatten() for _, text in picked)]),
+        torch.cat([torch.ones_like(here), (~(wrong_image | wrong_text)).to(torch.int64)]),
+        weights,
+    )
+
+
+def _each(mass: Tensor, other_mass: Tensor, number: Tensor, others: Tensor, count: Tensor) -> Tensor:
+    """Weight of each of `number` pairs that share mass / count, and the other kind's too where it has no pair."""
+    return torch.where(others > 0, mass, mass + other_mass) / (count * number).clamp(min=1)
+
+
+def _rank(anchor: Tensor, here: Tensor, seed: int, step: int | Tensor) -> Tensor:
+    """Place of each anchor in a random order of the anchors, `[M]`; what is none comes after them."""
+    # no pair of `hard_negatives` has this second word in its counter, so the order is independent of every draw
+    counter = (here, WORD, step & WORD, step >> 32 & WORD)
+    order = torch.where(anchor, philox(counter, halves(seed))[0], LAST).argsort(stable=True)
+    return torch.zeros_like(here).scatter(0, order, here)
+
+
+def _shares(composition: object) -> tuple[float, float, float]:
+    if not isinstance(composition, (tuple, list)) or len(composition) != 3:
+        raise TypeError(f"composition: got {composition!r}, wanted three shares: positives, wrong images, wrong texts")
+    positive, image, text = (check.number("composition", share, low=0.0) for share in composition)
+    if not (0 < positive < 1 and math.isclose(positive + image + text, 1.0, abs_tol=1e-6)):
+        raise ValueError(f"composition: got {tuple(composition)}, wanted a sum of 1 and both positives and negatives")
+    return positive, image, text
+
+
+def _check_draw(seed: object, step: object) -> None:
+    for name, value in (("seed", seed), ("step", step)):
+        if value is None:
+            raise ValueError(f"{name}: got None beside mode='sample', wanted an int: the draw is a function of it")
+        if name == "step" and isinstance(value, Tensor):
+            if value.numel() != 1 or value.dtype != torch.int64:
+                raise ValueError(f"step: got a {value.dtype} tensor of shape {list(value.shape)}, wanted int64 of []")
+        elif check.whole(name, value, low=0) >= 2**63:
+            raise ValueError(f"{name}: got {value}, wanted less than 2**63")
