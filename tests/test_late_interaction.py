@@ -232,11 +232,11 @@ def test_equals_the_plain_form_of_flash_maxsim():
 @pytest.mark.gpu
 def test_equals_the_kernels_of_late_interaction_kernels():
     peer = pytest.importorskip("late_interaction_kernels")
-    x, y, scale = (v.detach().cuda().requires_grad_() for v in sets(m=16, p=32, t=16, d=64, dtype=torch.float32))
+    x, y, scale = (v.cuda() for v in sets(m=16, p=32, t=16, d=64, dtype=torch.float32))
     got = late_interaction_loss(x, y, scale, directions="text", interaction="colbert")
-    want = cross_entropies(peer.maxsim(y, x, backward="unified"), scale)
-    # their products may be rounded to 10 bits
-    assert_same(gradients(got, (x, y)), gradients(want, (x, y)), rtol=2e-2, atol=2e-2)
+    want = cross_entropies(peer.maxsim(y, x), scale)
+    # their operands may have 11 bits: each of 16 products of unit vectors is off by 2 * 2^-11, the loss by two scores
+    assert (got - want).abs() <= 2 * scale * 16 * 2.0**-10
 
 
 X, Y = torch.randn(4, 3, 8), torch.randn(4, 2, 8)

@@ -47,6 +47,19 @@ def test_variants(m, backend, dtype):
     assert not found
 
 
+@pytest.mark.gpu
+@by_dtype
+def test_variants_on_a_gpu(dtype, monkeypatch):
+    monkeypatch.setitem(chunked.TILE, "cuda", 5000)
+    found = []
+    for k, options in enumerate(SPEC.variants):
+        if not rounds_again(options, dtype):
+            case = Case(m=70, d=64, dtype=dtype, device="cuda", options=options, seed=k)
+            with poison():
+                found += violations(SPEC, case)
+    assert not found
+
+
 @by_dtype
 def test_several_tiles(dtype, monkeypatch):
     monkeypatch.setitem(chunked.TILE, "cpu", 5000)
