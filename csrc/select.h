@@ -98,7 +98,7 @@ class Selector {
       const float v = std::min(static_cast<float>(word) * 0x1p-32f + 0x1p-33f, 1.f - 0x1p-24f);
       key -= std::log(-std::log1p(-v));
     }
-    if (!(key > -std::numeric_limits<float>::infinity())) return;
+    if (!std::isfinite(key)) return;
     key += 0.f;  // there is one zero
     int32_t bits;
     std::memcpy(&bits, &key, sizeof bits);

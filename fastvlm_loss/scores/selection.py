@@ -81,10 +81,10 @@ class Selection:
 
 
 def _order(keys: Tensor, index: Tensor, live: Tensor) -> Tensor:
-    """The total order of keys; a key that is NaN or -inf is no candidate's."""
+    """The total order of keys; one that is not finite is no candidate's."""
     bits = (keys + 0.0).view(torch.int32)  # + 0.0: there is one zero
     monotonic = (bits ^ (bits >> 31 & 0x7FFFFFFF)).to(torch.int64)
-    return torch.where(live & (keys > -torch.inf), monotonic << 32 | (WORD - index), NOBODY)
+    return torch.where(live & keys.isfinite(), monotonic << 32 | (WORD - index), NOBODY)
 
 
 def index_of(order: Tensor) -> Tensor:

@@ -32,13 +32,13 @@ def gumbel(word):
 
 @jit
 def keys(acc, s, hit, law, total, noise, AXIS: tl.constexpr, HOW: tl.constexpr):
-    """Keys of a tile of products, -inf for targets, NaN, and entries that are no candidates by their score `s`."""
+    """Keys of a tile of products, -inf for targets, what is not finite, and no candidates by their score `s`."""
     key = acc * law[0]
     if HOW[2]:
         key = tl.log(tl.exp(key - tl.expand_dims(total, AXIS)) + law[1])
     if HOW[1]:
         key = key + noise
-    return tl.where((s > -float("inf")) & (hit == 0) & (key == key), key + 0.0, -float("inf"))
+    return tl.where((s > -float("inf")) & (hit == 0) & (tl.abs(key) < float("inf")), key + 0.0, -float("inf"))
 
 
 @jit
