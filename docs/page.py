@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from fastvlm_loss import BatchMetrics, FeatureQueue, filters, modules
+from fastvlm_loss import BatchMetrics, BatchNegatives, FeatureQueue, HardNegatives, LinearHardness, filters, modules
+from fastvlm_loss import hard_negatives as negatives
 from fastvlm_loss.losses import LossSpec, documented
 
 from . import docstrings, options
@@ -94,7 +95,7 @@ def table(link: str = "#") -> str:
 def losses() -> str:
     """The whole page."""
     parts = [INTRO, table(), "", PICTURES, OPTIONS, options.table(specs()), "", *(_loss(spec) for spec in specs())]
-    return "\n".join([*parts, SETUP, _filters(), _queue(), _metrics()]).rstrip() + "\n"
+    return "\n".join([*parts, SETUP, _filters(), _queue(), _metrics(), _negatives()]).rstrip() + "\n"
 
 
 def _loss(spec: LossSpec) -> str:
@@ -171,6 +172,20 @@ def _metrics() -> str:
     doc = docstrings.of(BatchMetrics)
     notes = [line for note in (doc.summary, *doc.notes) for line in (prose(note), "")]
     return "\n".join(["## BatchMetrics", "", *notes, METRICS, *docstrings.arguments(doc.sections["Attributes"]), ""])
+
+
+def _negatives() -> str:
+    doc = docstrings.of(negatives)
+    lines = ["## Hard negatives", "", "[negatives.md](negatives.md) is their page.", ""]
+    lines += ["```", docstrings.signature(negatives), "```", ""]
+    lines += [line for note in (doc.summary, *doc.notes) for line in (prose(note), "")]
+    lines += [*docstrings.arguments(doc.sections["Args"], negatives), "", f"Paper: {prose(doc.sections['Source'])}", ""]
+    for kind, section in ((HardNegatives, "Attributes"), (BatchNegatives, "Args"), (LinearHardness, "Args")):
+        doc = docstrings.of(kind)
+        notes = [line for note in (doc.summary, *doc.notes) for line in (prose(note), "")]
+        given = docstrings.arguments(doc.sections[section], None if section == "Attributes" else kind)
+        lines += [f"### {kind.__name__}", "", *notes, *given, ""]
+    return "\n".join(lines)
 
 
 def _given(doc: Any, function: Any) -> list[str]:
