@@ -26,7 +26,7 @@ class MatchingHead(torch.nn.Module):
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape, dtype, device or range, named.
 
-    Source: Conneau et al. 2017 (InferSent), section 3.1, for the features.
+    Source: the features of Conneau et al. 2017 (InferSent).
     """
 
     def __init__(

@@ -1,6 +1,8 @@
 """itm_batch: the pairs, their shares, the random order, and what happens where negatives are missing."""
 
+import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ import torch.nn.functional as F
 
 from fastvlm_loss import BatchNegatives, FeatureQueue, HardNegatives, hard_negatives, itm_batch, itm_loss
 
+PAGE = Path(__file__).parents[1] / "docs" / "itm.md"
 MODES = ["sample", "weight", "albef"]
 NONE = "negatives: got none that is valid"
 
@@ -305,6 +308,14 @@ def test_nothing_of_it_reads_values():
     for mode in MODES:
         pairs = batch(HardNegatives(**given), mode)
         assert [t.shape[0] for t in pairs] == [12 if mode == "sample" else 20] * 4
+
+
+def test_the_examples_of_the_page_run_in_order():
+    blocks, scope = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S), {}
+    assert len(blocks) == 6
+    for block in blocks:
+        exec(compile(block, "itm.md", "exec"), scope)
+    assert scope["loss"].isfinite() and scope["relevance"].grad.any() and scope["chosen"].shape == (16, 3, 4)
 
 
 FOUR, UNEQUAL, BESIDE = others(4), found([[1]] * 2, [[0]] * 3), BatchNegatives(seed=1, step=1)

@@ -145,4 +145,4 @@ def test_memory_holds_no_patches_of_pairs():
         env={**os.environ, **ALLOCATOR},
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-2000:]
-    assert max(map(json.loads, run.stdout.split())) < 12 * 2**20
+    assert max(map(json.loads, run.stdout.split())) < 8 * 2**20
