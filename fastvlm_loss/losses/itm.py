@@ -111,9 +111,9 @@ def itm_batch(
 ) -> ITMBatch:
     """The pairs of a batch and their weights: positives, wrong images and wrong texts.
 
-    Use it between `hard_negatives` and the fusion encoder: gather images and texts by its indices (behind the batch's
-    own stand the queue's, where there is one: `torch.cat([image_embeds, queued])[pairs.image_index]`), and give labels
-    and weights to `itm_loss`. The anchors are the B positive pairs; each has k negatives a side in `negatives`.
+    Use it between `hard_negatives` and the fusion encoder: gather images and texts by its indices (with a queue,
+    `FeatureQueue.gather`: its slots stand behind the batch's own), and give labels and weights to `itm_loss`. The
+    anchors are the B positive pairs; each has k negatives a side in `negatives`.
 
     How many pairs there are depends on sizes alone, so nothing waits for a GPU. Where a negative is missing the slot
     holds its positive once more, with label 1 and weight 0, and the others of its kind share its weight; where a kind
