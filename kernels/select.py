@@ -52,7 +52,7 @@ def select(X, Y, TX, TY, entries, LAW, ROW_TOTAL, COL_TOTAL, PLACE, LEAST, ROW, 
         n0 = tile * BN
         j = n0 + tl.arange(0, BN)
         col = columns_of(entries, j, N)
-        acc, to_row, to_col, hit, second = exact_tile(
+        acc, to_row, to_col, hit, _second = exact_tile(
             X, Y, TX, TY, entries, row, col, m0, n0, M, N, FLAGS, D, BM, BN, SHAPE[2], LOAD
         )  # fmt: skip
         in_row, in_col = 0.0, 0.0
