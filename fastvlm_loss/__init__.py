@@ -11,6 +11,7 @@ from . import filters
 from ._version import __version__
 from .backends.triton import set_workspace
 from .engine.dispatch import backend
+from .gradcache import cached_step
 from .heads import MatchingHead
 from .losses import (
     BatchMetrics,
@@ -75,6 +76,7 @@ __all__ = [
     "VQALoss",
     "__version__",
     "backend",
+    "cached_step",
     "caption_loss",
     "clip_loss",
     "filters",

@@ -17,10 +17,10 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"kernels", "data", "_version"},
     {"scores"},
-    {"backends", "distributed", "filters", "queue"},
+    {"backends", "distributed", "filters", "nested", "queue"},
     {"engine"},
     {"losses", "negatives"},
-    {"heads", "modules", "testing", "multitask"},
+    {"gradcache", "heads", "modules", "testing", "multitask"},
     {"integrations", "trainer", "demo"},
     {"__init__", "__main__"},
 ]
