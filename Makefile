@@ -38,7 +38,7 @@ asan: install
 	FASTVLM_LOSS_CPP=1 FASTVLM_LOSS_SANITIZE=1 $(RUN) setup.py -q build_ext --build-lib build/asan --build-temp build/asan/temp
 	FASTVLM_LOSS_LIBRARY=build/asan/fastvlm_loss/_C.abi3.so ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	$(RUN) -m pytest tests/test_matrix.py tests/test_engine_cpp.py tests/test_sigmoid_cpp.py tests/test_clip_properties.py tests/test_negatives.py -k cpp $(ARGS)
+	$(RUN) -m pytest tests/test_matrix.py tests/test_engine_cpp.py tests/test_sigmoid_cpp.py tests/test_clip_properties.py tests/test_negatives.py tests/test_negatives_law.py -k cpp $(ARGS)
 
 # installs nothing that the machine has not: it makes no environment
 gpu:

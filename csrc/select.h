@@ -71,7 +71,7 @@ class Selector {
         std::lock_guard<std::mutex> hold(col_lock);
         for (int n = 0; n < picked.cols; ++n) {
           const int j = picked.col_at[n];
-          add(first + j, how_.first_row + row, products[j], totals[j], words[1][j]);
+          add(first + j, how_.first_row + row, products[j], how_.totals ? totals[j] : 0.f, words[1][j]);
           least[j] = last(first + j);
         }
       }
@@ -93,12 +93,15 @@ class Selector {
 
   void add(int64_t at, int64_t index, float product, float total, uint32_t word) {
     float key = product * how_.sharpness;
-    if (how_.totals) key = std::log(std::exp(key - total) + how_.floor);
+    if (how_.totals) {  // log(e^a + floor), which neither overflows nor loses the smaller
+      const float a = key - total, b = std::log(how_.floor);
+      key = std::max(a, b) + std::log1p(std::exp(-std::abs(a - b)));
+    }
     if (how_.noise) {
       const float v = std::min(static_cast<float>(word) * 0x1p-32f + 0x1p-33f, 1.f - 0x1p-24f);
       key -= std::log(-std::log1p(-v));
     }
-    if (!std::isfinite(key)) return;
+    if (!std::isfinite(key) || !std::isfinite(product)) return;
     key += 0.f;  // there is one zero
     int32_t bits;
     std::memcpy(&bits, &key, sizeof bits);

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from .distributed import shard_of
 from .engine import tile
 from .queue import FeatureQueue
 from .scores import check
 from .scores.filters import Filter, filtered
-from .scores.negatives import HardNegatives, Hardness, Law, LinearHardness
+from .scores.negatives import HardNegatives, Hardness, Law, LinearHardness, finite_rows
 from .scores.problem import Problem
+from .scores.selection import Selection
 
 __all__ = ["HardNegatives", "LinearHardness", "hard_negatives"]
 
@@ -41,7 +44,7 @@ def hard_negatives(
     queue: Queues | None = None,
     seed: int | None = None,
     step: int | Tensor | None = None,
-    group: None = None,
+    group: object = None,
     check_finite: bool = False,
 ) -> HardNegatives:
     """For each image k negative texts and for each text k negative images, in one pass that stores no scores.
@@ -65,7 +68,9 @@ def hard_negatives(
         queue: a `FeatureQueue` of texts, or a pair of them (of images, of texts): its entries are candidates too, at
             indices from N (of texts) and M (of images) on.
         seed, step: ints >= 0 (`step` also an int64 tensor `[]`); not needed for hardness=inf.
-        group: None.
+        group: None, a process group or a `DeviceMesh` dimension: the candidates are those of all its processes, in the
+            order of their ranks, and so are the indices; ids, labels (indices in that order), k, seed, step and the law
+            are the same everywhere. Returned are the negatives of the own images and texts.
         check_finite: whether NaN or infinity in the features raises instead of being left out.
 
     Returns:
@@ -76,8 +81,8 @@ def hard_negatives(
 
     Source: Li et al. 2021 (ALBEF), section 3.2; Kool et al. 2019 (Gumbel-top-k); Salmon et al. 2011 (Philox).
     """
-    if group is not None:
-        raise ValueError(f"group: got {type(group).__name__}, wanted None (one process; gather the features yourself)")
+    if group is not None and queue is not None:
+        raise ValueError("queue: got one beside group=, wanted None: one of the two")
     law = Law.of(k, hardness, scale, floor, seed, step)
     of_images, of_texts = _queues(queue)
     any_queue = of_images if of_texts is None else of_texts
@@ -86,9 +91,10 @@ def hard_negatives(
     problem = Problem.of(
         image_features, text_features, 1.0, labels=labels, image_ids=image_ids, text_ids=text_ids,
         check_finite=check.flag("check_finite", check_finite),
+        sharding=None if group is None else partial(shard_of, group),
     )  # fmt: skip
     whole = filtered(problem, filters)
-    m, n = whole.x.shape[0], whole.y.shape[0]
+    m, n = whole.m, whole.n
     for name, features, found in (("images", image_features, of_images), ("texts", text_features, of_texts)):
         if found is not None and whole.row_id is None:
             raise ValueError(f"image_ids: got None beside a queue of {name} and labels, wanted ids of images and texts")
@@ -96,15 +102,17 @@ def hard_negatives(
             raise ValueError(f"queue: got {name} of D = {found.dim}, wanted {features.shape[1]}")
         if found is not None and whole.second:
             raise ValueError(f"filters: got a guide beside a queue of {name}, which has no features of the guide")
+        if found is not None and step is None and (found.start_step or found.max_age is not None):
+            raise ValueError(f"step: got None beside a queue of {name} with an age or a start, wanted the current step")
     selection = law.selection(whole)
     rows = cols = None
     if floor:
-        scores = replace(whole, scale=selection.law[0].to(whole.scale.dtype))
-        totals = tile.softmax(scores).summary["lse"].float()
+        totals = _totals(whole, selection)
         selection = replace(selection, totals=totals)
         rows, cols = totals[:m], totals[m:]
     order, best = tile.select(whole, selection)
-    to_row, to_col = (order[:m], best[:m]), (order[m:], best[m:])
+    own = whole.x.shape[0]  # of a group's images
+    to_row, to_col = (order[:own], best[:own]), (order[own:], best[own:])
     if of_texts is not None:
         more = _beside(whole, of_texts, step, rows=True)
         to_row = law.join(to_row, tile.select(more, replace(law.selection(more, 0, n), totals=rows), cols=False))
@@ -112,6 +120,21 @@ def hard_negatives(
         more = _beside(whole, of_images, step, rows=False)
         to_col = law.join(to_col, tile.select(more, replace(law.selection(more, m, 0), totals=cols), rows=False))
     return law.result(to_row, to_col, problem)
+
+
+def _totals(p: Problem, selection: Selection) -> Tensor:
+    """Log-sum-exp `[M + N]` of the law's scores over the candidates and positives with finite features; 0 of none."""
+    finite = finite_rows(p.x), finite_rows(p.y)
+    x, y = (t.masked_fill(~f[:, None], 0.0) for t, f in zip((p.x, p.y), finite, strict=True))
+    rows, cols = p.of_rows(finite[0]), p.of_cols(finite[1])
+    if p.row_id is None or p.col_id is None:  # ids that equal none
+        row_id, col_id = (torch.arange(len(f), device=f.device) + at for f, at in ((rows, 0), (cols, p.m)))
+    else:
+        row_id, col_id = p.row_id, p.col_id
+    row_id, col_id = row_id.masked_fill(~rows, -1), col_id.masked_fill(~cols, -1)
+    scores = replace(p, x=x, y=y, scale=selection.law[0].to(p.scale.dtype), row_id=row_id, col_id=col_id)
+    lse = tile.softmax(scores).summary["lse"].float()
+    return torch.where(lse.isfinite(), lse, 0.0)
 
 
 def _queues(queue: object) -> tuple[FeatureQueue | None, FeatureQueue | None]:

@@ -64,8 +64,11 @@ class FeatureQueue(torch.nn.Module):
         self.register_buffer("steps", torch.zeros(size, dtype=torch.int64, device=device))
         self.register_buffer("cursor", torch.zeros((), dtype=torch.int64, device=device))
         self.register_buffer("pushed", torch.zeros((), dtype=torch.int64, device=device))
-        if payload is not None and not (isinstance(payload, tuple) and len(payload) == 2):
-            raise TypeError(f"payload: got {payload!r}, wanted a pair of shape and dtype")
+        if payload is not None:
+            pair = payload if isinstance(payload, tuple) and len(payload) == 2 else (None, None)
+            good = isinstance(pair[0], (tuple, list)) and all(isinstance(s, int) and s >= 0 for s in pair[0])
+            if not good or not isinstance(pair[1], torch.dtype):
+                raise TypeError(f"payload: got {payload!r}, wanted a pair of shape and dtype, as ((77,), torch.int64)")
         empty = None if payload is None else torch.zeros((size, *payload[0]), dtype=payload[1], device=device)
         self.register_buffer("payload", empty)
 
@@ -104,7 +107,8 @@ class FeatureQueue(torch.nn.Module):
         self.ids[slot] = new[count - stay :]
         if self.payload is not None and payload is not None:
             self.payload[slot] = payload[count - stay :].detach()
-        self.steps[slot] = torch.as_tensor(step, dtype=torch.int64, device=x.device)
+        made = step if isinstance(step, Tensor) else torch.full((), step, dtype=torch.int64, device=x.device)
+        self.steps[slot] = made.to(x.device, torch.int64)
         self.cursor.copy_((self.cursor + count) % self.size)
         self.pushed.add_(count)
 
@@ -112,9 +116,10 @@ class FeatureQueue(torch.nn.Module):
         """Ids `[size]` of the slots; -1 where there is nothing or, given the current `step`, too early or too old."""
         if step is None:
             return self.ids.clone()
-        too_old = self.ids == -1 if self.max_age is None else self.steps < step - self.max_age
-        early = torch.as_tensor(step, device=self.ids.device) < self.start_step
-        return self.ids.masked_fill(too_old | early, -1)
+        out = self.ids == -1 if self.max_age is None else self.steps < step - self.max_age
+        if isinstance(step, Tensor):
+            return self.ids.masked_fill(out | (step < self.start_step), -1)
+        return torch.full_like(self.ids, -1) if step < self.start_step else self.ids.masked_fill(out, -1)
 
     def extend(
         self, features: Tensor, ids: Tensor | None = None, step: int | Tensor | None = None
@@ -155,8 +160,10 @@ class FeatureQueue(torch.nn.Module):
                 f"wanted {self.payload.dtype} [B, {', '.join(map(str, self.payload.shape[1:]))}]"
             )
         count = values.shape[0]
+        if not count:
+            raise ValueError("values: got a batch of 0, wanted at least 1")
         own = values[index.clamp(0, count - 1)]
-        past = self.payload[(index - count).clamp(min=0)]
+        past = self.payload[(index - count).clamp(0, self.size - 1)]
         of_batch = (index < count).reshape(index.shape + (1,) * (values.dim() - 1))
         return torch.where(of_batch, own, past)
 

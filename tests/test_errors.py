@@ -48,7 +48,7 @@ CASES = [
     (ValueError, "directions: got 'texts', wanted one of 'both', 'image', 'text'", lambda: clip_loss(X, Y, 1.0, directions="texts")),
     (ValueError, "reduction: got 'avg', wanted one of", lambda: clip_loss(X, Y, 1.0, reduction="avg")),
     (ValueError, "reduction: got 'none' for 4 images and 3 texts", lambda: clip_loss(X, Y[:3], 1.0, labels=torch.zeros(4).long(), reduction="none")),
-    (ValueError, "group: got object, wanted None", lambda: clip_loss(X, Y, 1.0, group=object())),
+    (TypeError, "group: got object, wanted None, a ProcessGroup", lambda: clip_loss(X, Y, 1.0, group=object())),
     (ValueError, "image_features: got NaN or infinity in row 2", lambda: clip_loss(X.index_fill(0, torch.tensor(2), torch.nan), Y, 1.0, check_finite=True)),
     (ValueError, "text_features: got NaN or infinity in row 3", lambda: clip_loss(X, Y.index_fill(0, torch.tensor(3), torch.inf), 1.0, check_finite=True)),
     (ValueError, "backend: got 'cuda', wanted one of 'auto', 'torch', 'cpp', 'triton', 'dense'", lambda: fastvlm_loss.backend("cuda").__enter__()),

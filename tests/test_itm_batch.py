@@ -304,7 +304,7 @@ def test_inductor_draws_the_same_order():
 
 def test_nothing_of_it_reads_values():
     """On meta tensors there are none, as there are none to wait for on a GPU."""
-    given = {name: value.to("meta") for name, value in vars(others(4, 2)).items()}
+    given = {name: value.to("meta") for name, value in vars(others(4, 2)).items() if value is not None}
     for mode in MODES:
         pairs = batch(HardNegatives(**given), mode)
         assert [t.shape[0] for t in pairs] == [12 if mode == "sample" else 20] * 4
@@ -327,7 +327,7 @@ ERRORS = [
     (ValueError, "seed: got -1, wanted at least 0", lambda: itm_batch(FOUR, seed=-1, step=0)),
     (ValueError, r"step: got 9223372036854775808, wanted less", lambda: itm_batch(FOUR, seed=1, step=2**63)),
     (TypeError, "step: got float 0.5, wanted an int", lambda: itm_batch(FOUR, seed=1, step=0.5)),
-    (ValueError, "step: got a torch.float32 tensor", lambda: itm_batch(FOUR, seed=1, step=torch.ones(()))),
+    (ValueError, "step: got a float32 tensor", lambda: itm_batch(FOUR, seed=1, step=torch.ones(()))),
     (TypeError, "composition: got 0.5, wanted three shares", lambda: itm_batch(FOUR, 0.5, "weight")),
     (ValueError, r"composition: got \(0.5, 0.5, 0.1\), wanted", lambda: itm_batch(FOUR, (0.5, 0.5, 0.1), "weight")),
     (ValueError, "composition: .* both positives and negatives", lambda: itm_batch(FOUR, (1, 0, 0), "weight")),
@@ -343,3 +343,13 @@ def test_errors_name_the_argument(kind, message, call):
     with pytest.raises(kind, match=message) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+def test_who_is_out_of_the_batch_is_no_positive():
+    a = torch.nn.functional.normalize(torch.randn(5, 8, generator=torch.Generator().manual_seed(0)), dim=1)
+    b = a.clone()
+    b[4] = float("nan")
+    found = hard_negatives(a, b, seed=0, step=0, image_ids=torch.tensor([0, 1, -1, 3, 4]))
+    batch = itm_batch(found, mode="weight")
+    assert batch.weights[:5].tolist() == [pytest.approx(1.5 * 5 / 3)] * 2 + [0.0, pytest.approx(1.5 * 5 / 3), 0.0]
+    assert float(batch.weights[batch.labels == 1].sum()) == pytest.approx(float(batch.weights[batch.labels == 0].sum()))

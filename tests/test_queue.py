@@ -160,6 +160,9 @@ def test_nothing_is_a_candidate_before_the_start():
         (lambda q, p: q.gather(torch.ones(2, 3), torch.tensor([0])), "gather: the queue was made without"),
         (lambda q, p: p.gather(torch.ones(2, 4), torch.tensor([0])), "values: got torch.float32"),
         (lambda q, p: FeatureQueue(2, 2, payload=3), "payload: got 3"),
+        (lambda q, p: FeatureQueue(2, 2, payload=(3, torch.int64)), "payload: got \\(3, torch.int64\\)"),
+        (lambda q, p: FeatureQueue(2, 2, payload=((3,), "int")), "payload: got"),
+        (lambda q, p: p.gather(torch.ones(0, 3, dtype=torch.int64), torch.tensor([0])), "values: got a batch of 0"),
         (lambda q, p: FeatureQueue(2, 2, start_step=-1), "start_step: got -1"),
     ],
 )

@@ -138,7 +138,7 @@ def choose_candidates(problem: Problem, statistic: Statistic, selection: Selecti
     with _on(problem.x.device):
         call = _Call.of("select", problem, statistic, "heavy" if k > MANY else _exact_kind(statistic))
         tile = call.tile
-        blocks, most = (WARM, max(1, _workspace // (12 * k * n))) if cols else (plan.ceil(m, tile.rows),) * 2
+        blocks, most = (WARM, max(1, _workspace // (4 * 12 * k * n))) if cols else (plan.ceil(m, tile.rows),) * 2
         first = 0
         while first < m:
             size = min(min(blocks, most) * tile.rows, m - first)

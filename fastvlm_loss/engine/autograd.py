@@ -15,7 +15,7 @@ from ..scores.problem import FIELDS, Problem
 from ..scores.statistics import decode
 from . import ops
 
-__all__ = ["Statistics", "Total", "Weighted"]
+__all__ = ["BIAS", "COL_FACTOR", "ROW_FACTOR", "SCALE", "Statistics", "Total", "Weighted", "X", "Y", "gradients"]
 
 X, Y, SCALE, BIAS, ROW_FACTOR, COL_FACTOR, COL_BIAS = 0, 1, 2, 3, 7, 8, 12
 TEACHER = slice(9, 12)
@@ -53,22 +53,32 @@ class Statistics(torch.autograd.Function):
         statistic = decode(epilogue, flags)
         wanted = [d_nll, more[0]] if statistic.gap else [d_nll]
         given = [state.new_zeros(state.shape[1:]) if c is None else c.contiguous() for c in wanted]
-        cotangents = given + [None] * (2 - len(given))
-        found: list[Tensor | None] = [None] * FIELDS
-        if any(needs[:3]) or needs[COL_BIAS] or (needs[BIAS] and not statistic.shift_invariant):
-            *found[:4], found[COL_BIAS] = ops.GRADIENT[backend](
-                *problem, targets, state, products, *cotangents, epilogue, flags, *needs[:3], needs[COL_BIAS]
-            )
-        if needs[BIAS] and statistic.shift_invariant:
-            found[BIAS] = torch.zeros_like(problem[SCALE])
-        if any(needs[TEACHER]):
-            found[TEACHER] = _teacher(problem, targets, state, cotangents, backend, statistic, needs[TEACHER])
+        found = gradients(problem, targets, state, products, given, backend, statistic, needs)
         if statistic.factor and (needs[ROW_FACTOR] or needs[COL_FACTOR]):
             rows, cols = statistic.lengths(problem[X].shape[0], problem[Y].shape[0])
             factors = statistic.factor_gradient(state, targets, tuple(given))
             found[ROW_FACTOR] = factors[:rows] if rows else torch.zeros_like(problem[ROW_FACTOR])
             found[COL_FACTOR] = factors[rows:] if cols else torch.zeros_like(problem[COL_FACTOR])
         return (*_once(found, problem, needs), *(None,) * (len(needs) - FIELDS))
+
+
+def gradients(
+    problem: tuple[Tensor, ...], targets: Tensor | None, state: Tensor, products: Tensor, given: list[Tensor],
+    backend: str, statistic: Any, needs: tuple[bool, ...],
+) -> list[Tensor | None]:  # fmt: skip
+    """What the tiles of G give, a gradient a field: of features, scale, biases and the teacher, where needed."""
+    cotangents = given + [None] * (2 - len(given))
+    found: list[Tensor | None] = [None] * FIELDS
+    if any(needs[:3]) or needs[COL_BIAS] or (needs[BIAS] and not statistic.shift_invariant):
+        how = statistic.name, statistic.flags
+        *found[:4], found[COL_BIAS] = ops.GRADIENT[backend](
+            *problem, targets, state, products, *cotangents, *how, *needs[:3], needs[COL_BIAS]
+        )
+    if needs[BIAS] and statistic.shift_invariant:
+        found[BIAS] = torch.zeros_like(problem[SCALE])
+    if any(needs[TEACHER]):
+        found[TEACHER] = _teacher(problem, targets, state, cotangents, backend, statistic, needs[TEACHER])
+    return found
 
 
 def _teacher(

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..backends import dense
-from ..scores.pairs import paired_products
+from ..scores.pairs import pair_products
 from ..scores.problem import Problem
 from ..scores.selection import Selection
+from ..scores.shard import Shard
 from ..scores.statistics import Candidates, Hinge, Sigmoid, Softmax
 from .autograd import Statistics, Total, Weighted
 from .dispatch import resolve
 from .ops import KEPT_PRODUCTS, SELECT, no_autocast
+from .sharded import Sharded, ShardedTotal, joined_candidates, localised
 
 __all__ = ["SoftmaxTile", "hinge", "paired", "positives", "select", "sigmoid", "softmax", "weighted_rows"]
 
@@ -130,16 +132,26 @@ def hinge(
 
 
 def select(problem: Problem, selection: Selection, *, rows: bool = True, cols: bool = True) -> tuple[Tensor, Tensor]:
-    """State `[L, k]` of a selection among the candidates that are no targets, no gradient."""
-    limited = problem.row_limit is not None
+    """State `[L, k]` of a selection among the candidates that are no targets, no gradient.
+
+    In a group L are this process's own rows and columns, and the indices the group's.
+    """
+    limited, shard = problem.row_limit is not None, problem.shard
     statistic = Candidates(rows=rows, cols=cols, limit=limited, guide=limited and problem.second == "guide")
     backend = resolve(problem, statistic)
     with torch.no_grad(), no_autocast(problem.x.device.type):
+        if shard is not None:
+            own, m = shard.own_rows, problem.m
+            totals = selection.totals
+            if totals is not None:
+                selection = replace(selection, totals=torch.cat([totals[own], totals[m:]] if rows else [totals]))
+            problem = replace(Problem.from_tensors(localised(problem.tensors(), shard)), second=problem.second)
         if backend == "dense":
-            return dense.selected(problem, statistic, selection)
-        how = statistic.name, statistic.flags, False
-        order, best = SELECT[backend](*problem.tensors(), None, *how, *_told(selection))[4:]
-    return order, best
+            order, best = dense.selected(problem, statistic, selection)
+        else:
+            how = statistic.name, statistic.flags, False
+            order, best = SELECT[backend](*problem.tensors(), None, *how, *_told(selection))[4:]
+        return (order, best) if shard is None else joined_candidates(order, best, selection.k, cols, shard)
 
 
 def _told(selection: Selection) -> tuple[object, ...]:
@@ -147,7 +159,7 @@ def _told(selection: Selection) -> tuple[object, ...]:
 
 
 def _statistics(p: Problem, statistic: Softmax | Hinge, selection: Selection | None = None) -> SoftmaxTile:
-    m, n = p.x.shape[0], p.y.shape[0]
+    m, n = p.m, p.n
     if statistic.hardest and max(m, n) > MOST_INDICES:
         raise ValueError(f"image_features: got a batch of {m} x {n}, wanted at most {MOST_INDICES} for indices")
     counts = p.positives() if statistic.positive_ids else p.targets()
@@ -156,7 +168,9 @@ def _statistics(p: Problem, statistic: Softmax | Hinge, selection: Selection | N
     ]
     targets = torch.cat(present) if present else None
     backend = resolve(p, statistic)
-    if backend == "dense":
+    if p.shard is not None:
+        found = _sharded(p, p.shard, targets, backend, statistic, selection)
+    elif backend == "dense":
         with no_autocast(p.x.device.type):
             found = (*dense.finished(p, statistic), *(dense.selected(p, statistic, selection) if selection else ()))
     else:
@@ -165,8 +179,20 @@ def _statistics(p: Problem, statistic: Softmax | Hinge, selection: Selection | N
     vectors, state = found[: 1 + statistic.gap], found[1 + statistic.gap]
     return SoftmaxTile(
         vectors[0], vectors[1] if statistic.gap else None, statistic.known(state, targets), statistic.lengths(m, n),
-        statistic, targets, state, found[2 + statistic.gap :] if selection else None,
+        statistic, targets, state, (found[-2], found[-1]) if selection else None,
     )  # fmt: skip
+
+
+def _sharded(
+    p: Problem, shard: Shard, targets: Tensor | None, backend: str, statistic: Softmax | Hinge,
+    selection: Selection | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    if backend == "dense":
+        raise ValueError("backend: got 'dense' beside group=, wanted one that works in tiles")
+    if p.col_bias is not None:
+        raise ValueError("group: got one beside a bias of the columns, wanted None")
+    found: tuple[Tensor, ...] = Sharded.apply(shard, *p.tensors(), targets, backend, statistic.name, statistic.flags)
+    return found if selection is None else (*found, *select(p, selection))
 
 
 def sigmoid(problem: Problem) -> Tensor:
@@ -175,6 +201,11 @@ def sigmoid(problem: Problem) -> Tensor:
     Differentiable in the features, scale and bias; equal ids are targets.
     """
     backend = resolve(problem, Sigmoid())
+    if problem.shard is not None:
+        if backend == "dense":
+            raise ValueError("backend: got 'dense' beside group=, wanted one that works in tiles")
+        sum_of_all: Tensor = ShardedTotal.apply(problem.shard, *problem.tensors(), backend)
+        return sum_of_all
     if backend == "dense":
         with no_autocast(problem.x.device.type):
             return dense.total(problem, Sigmoid())
@@ -187,9 +218,9 @@ def paired(problem: Problem, index: Tensor | None, columns: bool = False) -> Ten
 
     Differentiable in features, scale and bias; None pairs i with i, a negative index gives the bias alone.
     """
-    x, y = (problem.y, problem.x) if columns else (problem.x, problem.y)
-    with no_autocast(x.device.type):
-        scores = problem.scale * paired_products(x, y, index, problem.scale.dtype)
+    with no_autocast(problem.x.device.type):
+        products = pair_products(problem.x, problem.y, index, problem.scale.dtype, problem.shard, columns)
+        scores = problem.scale * products
     return scores if problem.bias is None else scores + problem.bias
 
 
@@ -198,7 +229,7 @@ def positives(problem: Problem) -> tuple[Tensor, Tensor]:
     rows, target = paired(problem, problem.target), problem.target
     if target is None:
         return rows, rows
-    known, zero = (target >= 0).to(rows.dtype), rows.new_zeros(problem.y.shape[0])
+    known, zero = (target >= 0).to(rows.dtype), rows.new_zeros(problem.n)
     if not zero.shape[0]:
         return rows, zero
     at = target.clamp(min=0)

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor
 from typing_extensions import TypedDict
 
+from ..distributed import shard_of
 from ..engine import tile
 from ..engine.tile import SoftmaxTile
 from ..scores import check
 from ..scores.filters import Filter, filtered
 from ..scores.problem import Problem
+from ..scores.shard import Shard
 from ._metrics import BatchMetrics
 from ._negatives import BatchNegatives
 from ._reduce import DIRECTIONS, REDUCTIONS, combine, sample_weights, unit_features
 
-__all__ = ["Batch", "Options", "Selection", "one_process"]
+__all__ = ["Batch", "Options", "Selection", "one_process", "sharding_of"]
 
 
 class Selection(TypedDict, total=False):
@@ -75,7 +77,6 @@ class Batch:
                     f"{name}: got weights beside directions={other!r}, which has no such anchors, wanted None"
                 )
         check.choice("reduction", reduction, REDUCTIONS)
-        one_process(group)
         if metrics is not None and not isinstance(metrics, BatchMetrics):
             raise TypeError(f"metrics: got {type(metrics).__name__}, wanted a fastvlm_loss.BatchMetrics to fill")
         if negatives is not None and not isinstance(negatives, BatchNegatives):
@@ -87,8 +88,12 @@ class Batch:
         problem = Problem.of(
             image_features, text_features, logit_scale, logit_bias,
             labels=labels, image_ids=image_ids, text_ids=text_ids, check_finite=check_finite,
+            sharding=sharding_of(
+                group, labels, image_ids, text_ids, image_weights, text_weights, logit_bias, filters, directions,
+                reduction,
+            ),
         )  # fmt: skip
-        m, n = problem.x.shape[0], problem.y.shape[0]
+        m, n = problem.m, problem.n
         if reduction == "none" and directions == "both" and m != n:
             raise ValueError(f"reduction: got 'none' for {m} images and {n} texts, wanted one direction, or M = N")
         weights = sample_weights(problem, image_weights, text_weights, check.flag("check_finite", check_finite))
@@ -112,12 +117,23 @@ class Batch:
         if self.negatives is not None:
             self.negatives.fill(t, self.problem)
         if self.metrics is not None:
-            self.metrics.fill(t, self.problem.x.shape[0], self.problem.y.shape[0], self.filters)
+            self.metrics.fill(t, self.problem.m, self.problem.n, self.filters)
         return t
 
     def reduce(self, losses: Tensor, t: SoftmaxTile) -> Tensor:
         """The loss of per-sample losses `[L]`."""
-        return combine(losses, t.targets, t.lengths, self.weights, self.reduction)
+        loss, shard = combine(losses, t.targets, t.lengths, self.weights, self.reduction), self.problem.shard
+        if shard is None or self.reduction != "none":
+            return loss
+        return shard.collectives.own(loss, shard.cols if self.directions == "text" else shard.rows)
+
+
+def sharding_of(group: object, *options: object) -> Callable[[Tensor, Tensor], Shard] | None:
+    """How features find their place in a group; which options are given must agree in all its processes."""
+    if group is None:
+        return None
+    given = [option if isinstance(option, str) else option is None for option in options]
+    return lambda x, y: shard_of(group, x, y, given)
 
 
 def one_process(group: object) -> None:

@@ -21,7 +21,7 @@ class BatchNegatives:
         k, hardness, scale, seed, step: as of `hard_negatives`.
 
     Attributes:
-        found: `HardNegatives` of the last call, None before it.
+        found: `HardNegatives` of the last call; before any, RuntimeError.
 
     Raises:
         TypeError, ValueError: named.
@@ -32,7 +32,14 @@ class BatchNegatives:
         step: int | Tensor | None = None,
     ) -> None:  # fmt: skip
         self.law = Law.of(k, hardness, scale, 0.0, seed, step)
-        self.found: HardNegatives | None = None
+        self._found: HardNegatives | None = None
+
+    @property
+    def found(self) -> HardNegatives:
+        """What the last call picked."""
+        if self._found is None:
+            raise RuntimeError("found: got no call with negatives= yet, wanted clip_loss(..., negatives=this)")
+        return self._found
 
     def selection(self, problem: Problem) -> Selection:
         """What the loss's pass is asked for besides."""
@@ -45,8 +52,8 @@ class BatchNegatives:
     def fill(self, t: SoftmaxTile, problem: Problem) -> None:
         """From the states `[L, k]` of both directions."""
         assert t.selected is not None
-        (order, best), m = t.selected, t.lengths[0]
-        self.found = self.law.result((order[:m], best[:m]), (order[m:], best[m:]), problem)
+        (order, best), m = t.selected, problem.x.shape[0]
+        self._found = self.law.result((order[:m], best[:m]), (order[m:], best[m:]), problem)
 
     def __repr__(self) -> str:
         law = self.law

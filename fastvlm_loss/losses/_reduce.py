@@ -74,7 +74,8 @@ def sample_weights(
         if weights is not None and check_finite:
             check.finite(name, weights)
         found.append(weights)
-    return found[0], found[1]
+    rows, cols = found
+    return (None if rows is None else problem.of_rows(rows)), (None if cols is None else problem.of_cols(cols))
 
 
 def unit_features(

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..distributed import group_of
 from ..scores import check
 from ._spec import Learned, LossSpec, register
 from .linear_ce import _oracle as dense
@@ -114,7 +115,9 @@ def vqa_loss(
         states, weight, targets, bias, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="sum",
         token_weights=w[..., None].expand(targets.shape), group=group,
     )  # fmt: skip
-    return total / count
+    if group is None:
+        return total / count
+    return total / group_of(group).total(total.new_full((), count))
 
 
 def _shifted(

@@ -131,8 +131,9 @@ def itm_batch(
             and weights make the shares, 1.5, 0.75 and 0.75 by default. "albef": the same pairs with weights of 1.
         seed, step: ints >= 0 (`step` also an int64 tensor `[]`), of mode "sample".
         labels: int `[M]`, the text of each image, as of `hard_negatives`; needed if M != N, else the text of the same
-            index. An image with the label -1 is no anchor: its slots hold it with text 0, at weight 0. Images of one
-            text share its negative images.
+            index. An image with the label -1 is no anchor: its slots hold it with text 0, at weight 0; nor is one
+            whose id, or whose text's id, was -1, or whose features were not finite. Images of one text share its
+            negative images.
 
     Returns:
         `ITMBatch`, on the device of the negatives; empty if there are no texts.
@@ -149,7 +150,7 @@ def itm_batch(
     if mode == "albef" and tuple(composition) != HALF:
         raise ValueError(f"composition: got {tuple(composition)} beside mode='albef', wanted the default")
     if mode == "sample":
-        _check_draw(seed, step)
+        check.draw(seed, step, "mode='sample'")
     of_text, of_image = negatives.text_index, negatives.image_index
     (m, k), n = of_text.shape, of_image.shape[0]
     target = _target("labels", labels, of_text, of_image, False)
@@ -159,6 +160,8 @@ def itm_batch(
         return ITMBatch(none, none, none, none.to(torch.float32))
     own = here if target is None else target
     anchor, own = own >= 0, own.clamp(min=0)
+    if negatives.image_in is not None and negatives.text_in is not None:
+        anchor = anchor & negatives.image_in & negatives.text_in[own]
     has_text, has_image = negatives.text_valid & anchor[:, None], negatives.image_valid[own] & anchor[:, None]
     count, total = anchor.sum().to(torch.float32), m + m * k * (1 if mode == "sample" else 2)
     if mode == "sample":
@@ -214,14 +217,3 @@ def _shares(composition: object) -> tuple[float, float, float]:
     if not (0 < positive < 1 and math.isclose(positive + image + text, 1.0, abs_tol=1e-6)):
         raise ValueError(f"composition: got {tuple(composition)}, wanted a sum of 1 and both positives and negatives")
     return positive, image, text
-
-
-def _check_draw(seed: object, step: object) -> None:
-    for name, value in (("seed", seed), ("step", step)):
-        if value is None:
-            raise ValueError(f"{name}: got None beside mode='sample', wanted an int: the draw is a function of it")
-        if name == "step" and isinstance(value, Tensor):
-            if value.numel() != 1 or value.dtype != torch.int64:
-                raise ValueError(f"step: got a {value.dtype} tensor of shape {list(value.shape)}, wanted int64 of []")
-        elif check.whole(name, value, low=0) >= 2**63:
-            raise ValueError(f"{name}: got {value}, wanted less than 2**63")

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..engine import interaction as engine
 from ..scores import check
 from ..scores.interaction import Interaction, Tokens
-from ._batch import Batch
+from ._batch import Batch, one_process
 from ._metrics import BatchMetrics
 from ._oracle import entries, log_sum, mean_of, some_ids, some_weights
 from ._reduce import unit
@@ -105,6 +105,7 @@ def late_interaction_loss(
                 f"{name}_relevance: got a value beside directions={other!r}, which has no scores of the {name}s' own, "
                 "wanted None"
             )
+    one_process(group)
     unit_tokens = check.flag("normalize", normalize)
     if check.flag("check_finite", check_finite):
         images.check_finite()

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..distributed import group_of
 from ..engine import tile
 from ..scores import check
 from ..scores.problem import Problem
-from ._batch import one_process
 from ._reduce import REDUCTIONS
 from ._spec import Learned, LossSpec, register
 
@@ -82,7 +82,7 @@ def linear_cross_entropy(
     share = check.number("alpha", alpha, low=0.0, most=1.0)
     check.choice("reduction", reduction, REDUCTIONS)
     check.whole("ignore_index", ignore_index)
-    one_process(group)
+    collectives = None if group is None else group_of(group)
     if (teacher_hidden is None) != (teacher_weight is None):
         missing = "teacher_hidden" if teacher_hidden is None else "teacher_weight"
         raise ValueError(f"{missing}: got None, wanted both teacher_hidden and teacher_weight or neither")
@@ -126,14 +126,16 @@ def linear_cross_entropy(
     weights = (problem.target >= 0).to(dtype)
     weights = weights if w is None else weights * w.to(dtype)
     total = tile.weighted_rows(problem, weights, part if eps or teacher is not None else 0.0)
+    total = total if collectives is None else collectives.total(total)
     if reduction == "sum":
         return total
     if normalizer is not None:
         if isinstance(normalizer, Tensor) and not normalizer.is_floating_point():
             normalizer = normalizer.to(dtype)  # a count
         size = check.scalar("normalizer", normalizer, problem.x, dtype, positive=True)
+        size = size if collectives is None else collectives.total(size)
         return total / torch.where(size == 0, 1.0, size)
-    weight_sum = weights.sum()
+    weight_sum = weights.sum() if collectives is None else collectives.total(weights.sum())
     return total / torch.where(weight_sum == 0, 1.0, weight_sum)
 
 

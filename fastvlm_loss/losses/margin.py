@@ -74,11 +74,12 @@ def margin_clip_loss(
         texts = unit(texts) if options.get("normalize") else texts
         if texts.shape[0] != p.y.shape[0]:
             raise ValueError(f"text_embeddings: got {texts.shape[0]} rows, wanted {p.y.shape[0]} as in text_features")
+        every = p.of_cols(texts)
         own = texts if texts.shape[0] else texts.new_zeros(p.x.shape[0], texts.shape[1])
         labels = options.get("labels")
-        if labels is not None and texts.shape[0]:  # each image stands at its text, one without a text at 0
-            own = texts[labels.clamp(min=0)] * (labels >= 0)[:, None]
-        quantile = _quantile(texts, p.scale.dtype) if a is None else torch.full_like(p.scale, a)
+        if labels is not None and every.shape[0]:  # each image stands at its text, one without a text at 0
+            own = every[labels.clamp(min=0)] * (labels >= 0)[:, None]
+        quantile = _quantile(every, p.scale.dtype) if a is None else torch.full_like(p.scale, a)
         # m (1 - R) / (1 - a) = at_zero - slope R
         slope = torch.where(quantile < 1, m / torch.where(quantile < 1, 1 - quantile, 1.0), 0.0)
         numbers = torch.stack([torch.full_like(slope, m), torch.where(quantile < 1, slope, m)])

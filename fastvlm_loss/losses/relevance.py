@@ -86,7 +86,8 @@ def relevance_clip_loss(
     if scope == "row":
         options["directions"] = "image"
     batch = Batch.of(image_features, text_features, logit_scale, logit_bias, **options)
-    m, n, dtype = batch.problem.x.shape[0], batch.problem.y.shape[0], batch.problem.scale.dtype
+    p = batch.problem
+    m, n, dtype = p.x.shape[0], p.y.shape[0], p.scale.dtype
     if text_relevance is None and m != n and scope == "anchor" and batch.directions != "image":
         raise ValueError(f"text_relevance: got None for {m} images and {n} texts, wanted shape [{n}]")
     given = [("image_relevance", image_relevance, m)]
@@ -97,7 +98,8 @@ def relevance_clip_loss(
             check.finite(name, r)
             if bool((r < 0).any()):
                 raise ValueError(f"{name}: got {r.min().item():g}, wanted values >= 0")
-    found = [r if learned else r.detach() for r in found]
+    found = [gather(r if learned else r.detach()) for r, gather in zip(found, (p.of_rows, p.of_cols), strict=False)]
+    n = p.n
     present = [None if ids is None else ids != -1 for ids in (batch.problem.row_id, batch.problem.col_id)]
     if not raw:
         found = [_normalised(name, r, here) for (name, *_), r, here in zip(given, found, present, strict=False)]
@@ -110,6 +112,8 @@ def relevance_clip_loss(
             raise ValueError(
                 "negatives: got them beside scope='shared', whose scores are scaled, wanted hard_negatives(...)"
             )
+        if p.shard is not None:
+            raise ValueError("group: got one beside scope='shared', wanted None, or scope 'anchor' or 'row'")
         batch = batch.but(problem=batch.problem.tempered_rows(rows))
     elif scope == "row":
         batch = batch.but(problem=batch.problem.weighted(rows, None))

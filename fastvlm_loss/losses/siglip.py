@@ -15,7 +15,7 @@ from torch import Tensor
 from ..engine import tile
 from ..scores import check
 from ..scores.problem import Problem
-from ._batch import one_process
+from ._batch import sharding_of
 from ._oracle import entries, matrix, some_ids, some_weights
 from ._reduce import sample_weights, unit_features
 from ._spec import LossSpec, register
@@ -71,12 +71,12 @@ def siglip_loss(
     Source: Zhai et al. 2023 (SigLIP), equation 1.
     """
     check.choice("reduction", reduction, ("mean", "sum"))
-    one_process(group)
     if check.flag("normalize", normalize):
         image_features, text_features = unit_features(image_features, text_features)
     problem = Problem.of(
         image_features, text_features, logit_scale, logit_bias,
         labels=labels, image_ids=image_ids, text_ids=text_ids, check_finite=check_finite,
+        sharding=sharding_of(group, labels, image_ids, text_ids, image_weights, text_weights, logit_bias, reduction),
     )  # fmt: skip
     weights = sample_weights(problem, image_weights, text_weights, check.flag("check_finite", check_finite))
     for name, w in zip(("image_weights", "text_weights"), weights, strict=True):
@@ -88,7 +88,7 @@ def siglip_loss(
     if reduction == "sum":
         return total
     if problem.row_factor is None or image_weights is None:
-        return total / max(problem.x.shape[0], 1)
+        return total / max(problem.m, 1)
     weight = problem.row_factor.sum()
     return total / torch.where(weight == 0, 1.0, weight)
 

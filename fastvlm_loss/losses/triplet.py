@@ -84,7 +84,7 @@ def triplet_loss(
     if batch.negatives is not None:
         batch.negatives.fill(t, p)
     if batch.metrics is not None:
-        batch.metrics.fill(t, p.x.shape[0], p.y.shape[0], batch.filters, own)
+        batch.metrics.fill(t, p.m, p.n, batch.filters, own)
     losses = t.nll
     if mining != "sum":
         losses = _hardest(p, t, own, m)

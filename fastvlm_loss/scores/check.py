@@ -11,8 +11,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 __all__ = [
-    "alike", "choice", "features", "finite", "flag", "floating", "indices", "integers", "mask", "number", "readable",
-    "scalar", "sets", "shaped", "tokens", "vector", "whole", "whole_numbers",
+    "alike", "choice", "draw", "features", "finite", "flag", "floating", "indices", "integers", "mask", "number",
+    "readable", "scalar", "sets", "shaped", "tokens", "vector", "whole", "whole_numbers",
 ]  # fmt: skip
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)  # all of which int64 holds
@@ -187,6 +187,19 @@ def _sized(name: str, value: Tensor, length: int, like: Tensor) -> Tensor:
     if value.device != like.device:
         raise ValueError(f"{name}: got a tensor on {value.device}, wanted {like.device}")
     return value
+
+
+def draw(seed: object, step: object, beside: str) -> tuple[int, int | Tensor]:
+    """Seed and step of a draw, which is a function of them: ints in [0, 2**63), the step also an int64 tensor `[]`."""
+    for name, value in (("seed", seed), ("step", step)):
+        if value is None:
+            raise ValueError(f"{name}: got None beside {beside}, wanted an int: the draw is a function of it")
+        if name == "step" and isinstance(value, Tensor):
+            if value.numel() != 1 or value.dtype != torch.int64:
+                raise ValueError(f"step: got {_got(value)}, wanted an int or an int64 tensor of shape []")
+        elif whole(name, value, low=0) >= 2**63:
+            raise ValueError(f"{name}: got {value}, wanted less than 2**63")
+    return cast(int, seed), cast("int | Tensor", step)
 
 
 def readable(value: Tensor) -> bool:

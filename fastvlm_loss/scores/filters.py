@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import check
-from .pairs import best_of_columns, paired_products
+from .pairs import best_of_columns, pair_products
 from .problem import Problem
 
 __all__ = ["Filter", "above_margin", "absolute", "filtered", "guide", "relative", "similar"]
@@ -92,7 +92,7 @@ def filtered(problem: Problem, filters: Filter | Sequence[Filter] | None) -> Pro
             raise TypeError(
                 f"filters: got {got}, wanted fastvlm_loss.filters.absolute(...) or another, or a list of them"
             )
-    m, n, dtype = problem.x.shape[0], problem.y.shape[0], problem.scale.dtype
+    m, n, dtype = problem.m, problem.n, problem.scale.dtype
     limits = problem.x.new_full((2, m), torch.inf, dtype=dtype), problem.x.new_full((2, n), torch.inf, dtype=dtype)
     with torch.no_grad():
         for each in several:
@@ -100,7 +100,7 @@ def filtered(problem: Problem, filters: Filter | Sequence[Filter] | None) -> Pro
             if each.image_features is not None and each.text_features is not None:
                 names = "filters' image_features", "filters' text_features", "filters' scale"
                 problem = problem.beside(
-                    "guide", names, each.image_features.detach(), each.text_features.detach(), 1.0, m
+                    "guide", names, each.image_features.detach(), each.text_features.detach(), 1.0, problem.x.shape[0]
                 )
             sides = _limits(each, problem, own)
             for limit, side in zip(limits, sides, strict=True):
@@ -111,10 +111,10 @@ def filtered(problem: Problem, filters: Filter | Sequence[Filter] | None) -> Pro
 def _limits(each: Filter, problem: Problem, own: bool) -> tuple[Tensor, Tensor]:
     x, y = (problem.x, problem.y) if own else (problem.teacher_x, problem.teacher_y)
     assert x is not None and y is not None
-    m, n, dtype = x.shape[0], y.shape[0], problem.scale.dtype
+    m, n, dtype = problem.m, problem.n, problem.scale.dtype
     if each.rule == "similar":
         return x.new_full((m,), each.value, dtype=dtype), x.new_full((n,), each.value, dtype=dtype)
-    positive = paired_products(x, y, problem.target, dtype)
+    positive = pair_products(x, y, problem.target, dtype, problem.shard)
     if problem.target is not None:
         positive = torch.where(problem.target >= 0, positive, torch.inf)
     of_columns = best_of_columns(positive, problem.target, n, -torch.inf)

@@ -13,9 +13,10 @@ from . import check
 from .problem import Problem
 from .selection import MOST, NOBODY, Selection, index_of, join
 
-__all__ = ["HardNegatives", "Hardness", "Law", "LinearHardness"]
+__all__ = ["HardNegatives", "Hardness", "Law", "LinearHardness", "finite_rows"]
 
 Hardness = float | Callable[[int], float]
+LARGE = 1e9
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class HardNegatives:
         image_index, image_score, image_valid: `[N, k]`, for each text k images; M + s is slot s of the queue of images.
         nonfinite: int64 `[]`, how many images and texts have features that are NaN or infinite. They are nobody's
             negatives, and have none.
+        image_in, text_in: bool `[M]`, `[N]`, who takes part at all: its id is not -1 and its features are finite; None
+            means all.
     """
 
     text_index: Tensor
@@ -39,6 +42,8 @@ class HardNegatives:
     image_score: Tensor
     image_valid: Tensor
     nonfinite: Tensor
+    image_in: Tensor | None = None
+    text_in: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -91,24 +96,15 @@ class Law:
                 raise TypeError(f"step: got {type(step).__name__} beside a schedule of hardness, wanted an int")
             hardness = hardness(check.whole("step", step, low=0))
         if hardness != math.inf:
-            hardness = check.number("hardness", hardness, low=0.0)
-        check.number("floor", floor, low=0.0)
+            hardness = check.number("hardness", hardness, low=0.0, most=LARGE)  # beyond, inf is meant
+        if not isinstance(scale, Tensor):
+            check.number("scale", scale, above=0.0, most=LARGE)
+        check.number("floor", floor, low=0.0, most=LARGE)
         if hardness == math.inf:
             if floor:
                 raise ValueError(f"floor: got {floor} beside hardness=inf, which draws nothing, wanted 0")
             seed, step = 0 if seed is None else seed, 0 if step is None else step
-        for name, value in (("seed", seed), ("step", step)):
-            if value is None:
-                raise ValueError(
-                    f"{name}: got None beside hardness={given!r}, wanted an int: a draw is a function of it"
-                )
-            if not isinstance(value, Tensor):
-                check.whole(name, value, low=0)
-                if value >= 2**63:
-                    raise ValueError(f"{name}: got {value}, wanted less than 2**63")
-        if isinstance(step, Tensor) and (step.numel() != 1 or step.is_floating_point()):
-            raise ValueError(f"step: got a {step.dtype} tensor of shape {list(step.shape)}, wanted an int64 one of []")
-        assert seed is not None and step is not None
+        seed, step = check.draw(seed, step, f"hardness={given!r}")
         return cls(k, hardness, scale, floor, seed, step)
 
     def selection(self, problem: Problem, first_row: int = 0, first_col: int = 0) -> Selection:
@@ -116,7 +112,8 @@ class Law:
         x = problem.x
         scale = check.scalar("scale", self.scale, x, torch.float32, positive=True).detach()
         greedy = self.hardness == math.inf
-        sharpness = torch.ones_like(scale) if greedy else scale * self.hardness
+        # finite, or no key would be
+        sharpness = torch.ones_like(scale) if greedy else (scale * self.hardness).clamp(max=LARGE**2)
         law = torch.stack([sharpness, torch.full_like(scale, self.floor)])
 
         def whole(value: int | Tensor) -> Tensor:
@@ -124,6 +121,8 @@ class Law:
                 return value.detach().reshape(()).to(x.device, torch.int64)
             return torch.full((), value, dtype=torch.int64, device=x.device)
 
+        if problem.shard is not None:
+            first_row += problem.shard.own_rows.start
         place = torch.stack([whole(v) for v in (self.seed, self.step, first_row, first_col)])
         return Selection(self.k, not greedy, law, None, place)
 
@@ -131,14 +130,21 @@ class Law:
         """What states of rows and columns say."""
         scale = check.scalar("scale", self.scale, problem.x, torch.float32).detach()
         text, image = ((index_of(order), best * scale, order != NOBODY) for order, best in (rows, cols))
-        return HardNegatives(*text, *image, nonfinite=_nonfinite(problem.x) + _nonfinite(problem.y))
+        ids, shard = (problem.row_id, problem.col_id), problem.shard
+        if shard is not None and ids[0] is not None and ids[1] is not None:
+            ids = ids[0][shard.own_rows], ids[1][shard.own_cols]
+        finite = finite_rows(problem.x), finite_rows(problem.y)
+        image_in, text_in = (f if of is None else f & (of != -1) for f, of in zip(finite, ids, strict=True))
+        nonfinite = (~finite[0]).sum() + (~finite[1]).sum()
+        return HardNegatives(*text, *image, nonfinite=nonfinite, image_in=image_in, text_in=text_in)
 
     def join(self, a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """The best of two disjoint sets of candidates."""
         return join(a, b, self.k)
 
 
-def _nonfinite(features: Tensor) -> Tensor:
+def finite_rows(features: Tensor) -> Tensor:
+    """Which rows have neither NaN nor infinity, bool."""
     if not features.shape[0]:
-        return features.new_zeros((), dtype=torch.int64)
-    return (~(features.amax(1).isfinite() & features.amin(1).isfinite())).sum()
+        return features.new_zeros(0, dtype=torch.bool)
+    return features.amax(1).isfinite() & features.amin(1).isfinite()

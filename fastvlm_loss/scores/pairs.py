@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["best_of_columns", "paired_products"]
+from .shard import Shard
+
+__all__ = ["best_of_columns", "pair_products", "paired_products"]
 
 
 def paired_products(x: Tensor, y: Tensor, index: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -26,3 +28,18 @@ def best_of_columns(values: Tensor, target: Tensor | None, n: int, none: float) 
     found = values.new_full((n,), none)
     known = torch.where(target >= 0, values, none)
     return found.scatter_reduce(0, target.clamp(min=0), known, "amax") if n else found
+
+
+def pair_products(
+    x: Tensor, y: Tensor, index: Tensor | None, dtype: torch.dtype, shard: Shard | None, columns: bool = False
+) -> Tensor:
+    """As `paired_products`, of all processes; with `columns` <x_index(j), y_j> `[N]`."""
+    if columns:
+        x, y = y, x
+    if shard is None:
+        return paired_products(x, y, index, dtype)
+    gather, own = (shard.gather_cols, shard.own_cols) if columns else (shard.gather_rows, shard.own_rows)
+    if index is None:  # own rows have own columns
+        return gather(paired_products(x, y, None, dtype))
+    others = shard.collectives.spread(y, shard.rows if columns else shard.cols)
+    return gather(paired_products(x, others, index[own], dtype))

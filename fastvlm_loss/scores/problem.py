@@ -5,7 +5,7 @@ The one place for validation, dtype, autocast and contiguity. Everything below i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 from . import check
+from .shard import Shard
 
 __all__ = ["FIELDS", "Problem", "statistics_dtype"]
 
@@ -46,6 +47,8 @@ class Problem:
         numbers: `[2]` or None: how hard negatives are weighted; or of a margin its most, and its size at a similarity
             of 0, from which the second score is subtracted.
         second: what the second score matrix is for: "teacher", "guide", "margin" or "" (travels in the flags).
+        shard: None, or the place of this process in a group: the features are its own then, and M and N in all other
+            fields the group's.
     """
 
     x: Tensor
@@ -65,6 +68,7 @@ class Problem:
     col_limit: Tensor | None = None
     numbers: Tensor | None = None
     second: str = ""
+    shard: Shard | None = None
 
     @classmethod
     def of(
@@ -79,19 +83,26 @@ class Problem:
         text_ids: Tensor | None = None,
         check_finite: bool = False,
         names: tuple[str, str, str] = ("image_features", "text_features", "labels"),
+        sharding: Callable[[Tensor, Tensor], Shard | None] | None = None,
     ) -> Problem:
-        """Check the public arguments, by the `names` they have there, and bring them to the engine's form."""
+        """Check the public arguments, by the `names` they have there, and bring them to the engine's form.
+
+        `sharding` finds the place of checked features in a group.
+        """
         x = _autocast(check.features(names[0], image_features))
         y = _autocast(check.features(names[1], text_features))
         check.alike(names[1], y, names[0], x)
         dtype = statistics_dtype(x.dtype)
         scale = check.scalar("logit_scale", logit_scale, x, dtype, positive=True)
         bias = None if logit_bias is None else check.scalar("logit_bias", logit_bias, x, dtype)
-        target = _target(names[2], labels, x, y, check_finite)
+        shard = None if sharding is None else sharding(x, y)
+        target = _target(names[2], labels, x, y, check_finite, shard)
         if labels is not None and (image_ids is None) != (text_ids is None):
             missing = "image_ids" if image_ids is None else "text_ids"
             raise ValueError(f"{missing}: got None beside labels, wanted ids of both images and texts")
         row_id, col_id = _ids(image_ids, text_ids, x, y)
+        if shard is not None and row_id is not None and col_id is not None:
+            row_id, col_id = shard.gather_rows(row_id), shard.gather_cols(col_id)
         if row_id is not None and col_id is not None:
             target = _without_invalid(target, row_id, col_id)
         if check_finite:
@@ -101,12 +112,30 @@ class Problem:
             if bias is not None:
                 check.finite("logit_bias", bias)
         x, y = x.contiguous(), y.contiguous()
-        return cls(x, _distinct(y, x), scale, bias, target, row_id, col_id)
+        return cls(x, _distinct(y, x), scale, bias, target, row_id, col_id, shard=shard)
 
     @classmethod
     def from_tensors(cls, tensors: Sequence[Any]) -> Problem:
         """What `tensors` lists."""
         return cls(*tensors)
+
+    @property
+    def m(self) -> int:
+        """Rows of the score matrix, those of other processes included."""
+        return self.x.shape[0] if self.shard is None else sum(self.shard.rows)
+
+    @property
+    def n(self) -> int:
+        """Columns, likewise."""
+        return self.y.shape[0] if self.shard is None else sum(self.shard.cols)
+
+    def of_rows(self, own: Tensor) -> Tensor:
+        """Something of each row: of all rows, differentiably."""
+        return own if self.shard is None else self.shard.gather_rows(own)
+
+    def of_cols(self, own: Tensor) -> Tensor:
+        """Something of each column: of all columns, differentiably."""
+        return own if self.shard is None else self.shard.gather_cols(own)
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """The fields in order, as they travel through the op boundary."""
@@ -114,7 +143,7 @@ class Problem:
 
     def weighted(self, image_factors: Tensor | None, text_factors: Tensor | None) -> Problem:
         """The same with a factor for each row `[M]` and column `[N]`; ones for None."""
-        m, n, dtype = self.x.shape[0], self.y.shape[0], self.scale.dtype
+        m, n, dtype = self.m, self.n, self.scale.dtype
         row, col = (
             self.x.new_ones(length, dtype=dtype) if v is None else check.vector(name, v, length, self.x, dtype)
             for name, v, length in (("image_factors", image_factors, m), ("text_factors", text_factors, n))
@@ -178,8 +207,8 @@ class Problem:
         if self.row_id is None or self.col_id is None:
             return self.targets()
         rows, cols = _matches(self.row_id, self.col_id), _matches(self.col_id, self.row_id)
-        n, dtype = self.y.shape[0], self.scale.dtype
-        target = torch.arange(self.x.shape[0], device=self.x.device) if self.target is None else self.target
+        n, dtype = self.n, self.scale.dtype
+        target = torch.arange(self.m, device=self.x.device) if self.target is None else self.target
         if n:  # a target of another id counts once more
             apart = (target >= 0) & (self.col_id[target.clamp(min=0)] != self.row_id)
             rows, cols = rows + apart, cols.index_add(0, target.clamp(min=0), apart.to(cols.dtype))
@@ -190,11 +219,11 @@ class Problem:
         if self.target is None:
             return None, None
         rows = (self.target >= 0).to(self.scale.dtype)
-        cols = rows.new_zeros(self.y.shape[0])
+        cols = rows.new_zeros(self.n)
         return rows, cols.index_add(0, self.target.clamp(min=0), rows) if cols.shape[0] else cols
 
 
-FIELDS = len(fields(Problem)) - 1  # tensors that travel through the op boundary
+FIELDS = len(fields(Problem)) - 2  # tensors that travel through the op boundary
 
 
 def _matches(ids: Tensor, others: Tensor) -> Tensor:
@@ -212,15 +241,19 @@ def _autocast(features: Tensor) -> Tensor:
     return features
 
 
-def _target(name: str, labels: Tensor | None, x: Tensor, y: Tensor, check_values: bool) -> Tensor | None:
-    m, n = x.shape[0], y.shape[0]
+def _target(
+    name: str, labels: Tensor | None, x: Tensor, y: Tensor, check_values: bool, shard: Shard | None = None
+) -> Tensor | None:
+    m, n = x.shape[0], y.shape[0] if shard is None else sum(shard.cols)
     if labels is None:
-        if m != n:
+        if m != y.shape[0] if shard is None else shard.rows != shard.cols:
             raise ValueError(
-                f"{name}: got None for {m} image and {n} text features, wanted the text of each image [{m}]"
+                f"{name}: got None for {m} image and {y.shape[0]} text features, wanted the text of each image [{m}]"
             )
         return None
     target = check.integers(name, labels, m, x)
+    if shard is not None:
+        target, m = shard.gather_rows(target), sum(shard.rows)
     inside = ((target >= -1) & (target < n)).all() if m else None
     of = "text indices" if name == "labels" else "indices"
     wanted = (

@@ -2,7 +2,8 @@
 
 The key of an entry is sharpness * <x_i, y_j>, with noise plus a Gumbel number: the largest k keys are then a draw
 without replacement with probabilities in proportion to exp(sharpness * <x_i, y_j>) (Gumbel-top-k: Kool et al. 2019).
-With a floor f it is log(softmax + f) instead, with the log-sum-exp of the row or column given.
+With a floor f it is log(softmax + f) instead, with the log-sum-exp of the row or column given. Keys are fp32, whatever
+the features; a product that is not finite is no candidate's.
 
 The noise of entry (i, j) is a function of (seed, step, i, j, direction) alone: word 2 (i mod 2) + direction of Philox
 at counter (j, i div 2, step), keyed by the seed. One call serves two rows and both directions.
@@ -67,11 +68,11 @@ class Selection:
         products = products.float()
         keys = products * self.law[0]
         if totals is not None:
-            keys = (torch.exp(keys - totals.float().unsqueeze(axis)) + self.law[1]).log()
+            keys = torch.logaddexp(keys - totals.float().unsqueeze(axis), self.law[1].log())
         if noise is not None:
             keys = keys + noise
         index = torch.arange(first, first + products.shape[axis], device=products.device) + self.place[2 + axis]
-        order = _order(keys, index.unsqueeze(1 - axis), live)
+        order = _order(keys, index.unsqueeze(1 - axis), live & products.isfinite())
         return join((order.movedim(axis, 1), products.movedim(axis, 1)), None, self.k)
 
     def empty(self, like: Tensor, length: int) -> tuple[Tensor, Tensor]:

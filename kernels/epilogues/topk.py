@@ -35,10 +35,12 @@ def keys(acc, s, hit, law, total, noise, AXIS: tl.constexpr, HOW: tl.constexpr):
     """Keys of a tile of products, -inf for targets, what is not finite, and no candidates by their score `s`."""
     key = acc * law[0]
     if HOW[2]:
-        key = tl.log(tl.exp(key - tl.expand_dims(total, AXIS)) + law[1])
+        a, b = key - tl.expand_dims(total, AXIS), tl.log(law[1])
+        key = tl.maximum(a, b) + tl.log(1.0 + tl.exp(-tl.abs(a - b)))  # which does not overflow
     if HOW[1]:
         key = key + noise
-    return tl.where((s > -float("inf")) & (hit == 0) & (tl.abs(key) < float("inf")), key + 0.0, -float("inf"))
+    finite = (tl.abs(key) < float("inf")) & (tl.abs(acc) < float("inf"))
+    return tl.where((s > -float("inf")) & (hit == 0) & finite, key + 0.0, -float("inf"))
 
 
 @jit

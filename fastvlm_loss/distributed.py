@@ -1,0 +1,183 @@
+"""The group behind `group=`: which processes share a batch, and what they send one another.
+
+Gradients follow one convention. Every process computes the same loss from the same O(M + N) vectors, so each has the
+whole gradient of what it sent, and takes its own part of it times the number of processes; what is a sum over the
+processes (of the features, of the scale) is summed, and times the same number. The mean over the processes, which DDP
+takes, is then the gradient of one process with the whole batch.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .scores.shard import Shard
+
+__all__ = ["Group", "group_of", "shard_of"]
+
+# the names before torch 2.14
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def group_of(group: object) -> Group:
+    """The collectives of what `group=` stands for: a process group, or that of a one-dimensional `DeviceMesh`.
+
+    Raises:
+        TypeError: neither of them.
+        ValueError: this process is not in it.
+    """
+    if hasattr(group, "get_group") and hasattr(group, "ndim"):
+        if group.ndim != 1:
+            raise ValueError(f"group: got a DeviceMesh of {group.ndim} dimensions, wanted one: mesh['name']")
+        group = group.get_group()
+    if group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("group: got one that this process is not in, wanted one that it is in, or no call")
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group: got {type(group).__name__}, wanted None, a ProcessGroup or a DeviceMesh dimension")
+    return Group(group, dist.get_rank(group), dist.get_world_size(group))
+
+
+def shard_of(group: object, x: Tensor, y: Tensor, *same: object) -> Shard:
+    """The place of this process's features in the group's; `same` is what must agree between the processes.
+
+    One exchange of a few numbers, before any other, so that what does not fit together is an error everywhere.
+
+    Raises:
+        ValueError: the processes disagree in D, dtype or options.
+    """
+    found = group_of(group)
+    agreed = zlib.crc32(repr((x.dtype, x.shape[1], same)).encode())
+    mine = torch.tensor([x.shape[0], y.shape[0], x.shape[1], agreed], device=x.device)
+    every = torch.empty(found.world * 4, dtype=torch.int64, device=x.device)
+    _all_gather(every, mine, group=found.group)
+    told = every.reshape(-1, 4).tolist()
+    if len({t[3] for t in told}) > 1:
+        raise ValueError(
+            f"group: got processes with D = {[t[2] for t in told]} and dtypes or options that differ, wanted the same "
+            "arguments in each (which are given, and the options)"
+        )
+    return Shard(found, found.rank, tuple(t[0] for t in told), tuple(t[1] for t in told))
+
+
+@dataclass(frozen=True)
+class Group:
+    """`scores.shard.Collectives` over a process group."""
+
+    group: dist.ProcessGroup
+    rank: int
+    world: int
+
+    def gather(self, own: Tensor, sizes: tuple[int, ...]) -> Tensor:
+        """As of `Collectives`."""
+        gathered: Tensor = _Gather.apply(own, self, sizes)
+        return gathered
+
+    def spread(self, own: Tensor, sizes: tuple[int, ...]) -> Tensor:
+        """As of `Collectives`."""
+        gathered: Tensor = _Spread.apply(own, self, sizes)
+        return gathered
+
+    def scatter(self, partial: Tensor, sizes: tuple[int, ...]) -> Tensor:
+        """As of `Collectives`; no gradient."""
+        most = max(sizes)
+        padded = partial.new_zeros((self.world, most, *partial.shape[1:]))
+        for rank, part in enumerate(partial.split(sizes)):
+            padded[rank, : sizes[rank]] = part
+        own = partial.new_empty((most, *partial.shape[1:]))
+        _reduce_scatter(own, padded.flatten(0, 1), group=self.group)
+        return own[: sizes[self.rank]]
+
+    def exchange(self, parts: Tensor) -> Tensor:
+        """As of `Collectives`; no gradient."""
+        parts = parts.contiguous()
+        received = torch.empty_like(parts)
+        dist.all_to_all_single(received, parts, group=self.group)
+        return received
+
+    def total(self, own: Tensor) -> Tensor:
+        """As of `Collectives`."""
+        summed: Tensor = _Total.apply(own, self)
+        return summed
+
+    def own(self, every: Tensor, sizes: tuple[int, ...]) -> Tensor:
+        """As of `Collectives`."""
+        mine: Tensor = _Own.apply(every, self, sizes)
+        return mine
+
+    def collect(self, own: Tensor, sizes: tuple[int, ...]) -> Tensor:
+        """The rows of all processes, without gradient."""
+        most = max(sizes)
+        padded = own.contiguous()
+        if own.shape[0] < most:
+            padded = own.new_zeros((most, *own.shape[1:]))
+            padded[: own.shape[0]] = own
+        every = own.new_empty((self.world * most, *own.shape[1:]))
+        _all_gather(every, padded, group=self.group)
+        if all(size == most for size in sizes):
+            return every
+        return torch.cat([every[rank * most : rank * most + size] for rank, size in enumerate(sizes)])
+
+
+class _Gather(torch.autograd.Function):
+    """All rows; the gradient of the own ones, which every process has whole."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, group: Group, sizes: tuple[int, ...]) -> Tensor:
+        ctx.place = group, sizes
+        return group.collect(own, sizes)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        group, sizes = ctx.place
+        first = sum(sizes[: group.rank])
+        return gradient[first : first + sizes[group.rank]] * group.world, None, None
+
+
+class _Spread(torch.autograd.Function):
+    """All rows; the sum of the gradients that the processes have of them."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, group: Group, sizes: tuple[int, ...]) -> Tensor:
+        ctx.place = group, sizes
+        return group.collect(own, sizes)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        group, sizes = ctx.place
+        return group.scatter(gradient, sizes), None, None
+
+
+class _Own(torch.autograd.Function):
+    """The own rows of what every process has whole; what the processes make of theirs is averaged, as DDP does."""
+
+    @staticmethod
+    def forward(ctx: Any, every: Tensor, group: Group, sizes: tuple[int, ...]) -> Tensor:
+        ctx.place = group, sizes
+        first = sum(sizes[: group.rank])
+        return every[first : first + sizes[group.rank]].clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        group, sizes = ctx.place
+        return group.collect(gradient.contiguous(), sizes) / group.world, None, None
+
+
+class _Total(torch.autograd.Function):
+    """The sum; each part's gradient is that of the sum."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, group: Group) -> Tensor:
+        ctx.world = group.world
+        summed = own.clone()
+        dist.all_reduce(summed, group=group.group)
+        return summed
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient * ctx.world, None

@@ -1,0 +1,164 @@
+"""Statistics of a score matrix whose rows and columns lie with several processes.
+
+Each process owns its rows and sees all columns once: row states are complete, column states are joined by their monoid
+(each process joins an equal part of the columns, and all collect the result). In backward each makes the G of its rows;
+dX is complete, dY is summed and goes to its owners. 8 n N D operations for n of N rows, nothing computed twice.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..scores.problem import FIELDS, Problem
+from ..scores.selection import NOBODY, join
+from ..scores.shard import Shard
+from ..scores.statistics import decode
+from . import ops
+from .autograd import BIAS, COL_FACTOR, ROW_FACTOR, SCALE, X, Y, _once, gradients
+
+__all__ = ["Sharded", "ShardedTotal", "joined_candidates", "joined_columns", "localised"]
+
+TEACHER_X, TEACHER_Y, TEACHER_SCALE = 9, 10, 11
+ROW_VECTORS, ROW_LIMIT = (4, 5, ROW_FACTOR), 13
+
+
+def localised(problem: tuple[Tensor | None, ...], shard: Shard) -> tuple[Tensor | None, ...]:
+    """The own rows of a problem, with the columns of all processes."""
+    own, found = shard.own_rows, list(problem)
+    for k in (Y, TEACHER_Y):
+        t = found[k]
+        found[k] = None if t is None else shard.gather_cols(t.detach())
+    for k in ROW_VECTORS:
+        t = found[k]
+        found[k] = None if t is None else t[own]
+    limit = found[ROW_LIMIT]
+    found[ROW_LIMIT] = None if limit is None else limit[:, own].contiguous()
+    if found[4] is None:  # row i has column i, of the whole matrix
+        found[4] = torch.arange(own.start, own.stop, device=problem[X].device)  # type: ignore[union-attr]
+    return tuple(found)
+
+
+def joined_columns(state: Tensor, statistic: Any, shard: Shard) -> Tensor:
+    """The states `[fields, N]` of all columns, from those that each process has of its own rows."""
+    fields, n = state.shape
+    each = -(-n // shard.world)  # columns that a process joins, whoever owns them
+    padded = state.new_zeros((fields, each * shard.world))
+    padded[:, :n] = state
+    parts = shard.collectives.exchange(padded.reshape(fields, shard.world, each).transpose(0, 1))
+    whole = parts[0]
+    for part in parts[1:]:
+        whole = torch.stack(statistic.merge(whole, part))
+    every = shard.collectives.gather(whole.T.contiguous(), (each,) * shard.world)
+    return every.T[:, :n].contiguous()
+
+
+def joined_candidates(order: Tensor, best: Tensor, k: int, cols: bool, shard: Shard) -> tuple[Tensor, Tensor]:
+    """State `[own, k]` of the own rows and columns, from that of the own rows and what these give to all columns."""
+    if not cols:
+        return order, best
+    mine = order.shape[0] - sum(shard.cols)
+    most, found = max(shard.cols), []
+    for t, none in ((order, NOBODY), (best, 0)):
+        padded = t.new_full((shard.world, most, k), none)
+        for rank, part in enumerate(t[mine:].split(shard.cols)):
+            padded[rank, : part.shape[0]] = part
+        found.append(shard.collectives.exchange(padded)[:, : shard.cols[shard.rank]].transpose(0, 1).flatten(1))
+    of_cols = join((found[0], found[1]), None, k)
+    return torch.cat([order[:mine], of_cols[0]]), torch.cat([best[:mine], of_cols[1]])
+
+
+class Sharded(torch.autograd.Function):
+    """`(shard, *problem, targets [L], backend, epilogue, flags) -> (*vectors [L], state [fields, L])`, of the group.
+
+    The features are this process's, everything else is the group's.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        """Own rows against all columns, and the exchange of states."""
+        shard, problem = arguments[0], arguments[1 : FIELDS + 1]
+        targets, backend, epilogue, flags = arguments[FIELDS + 1 :]
+        statistic = decode(epilogue, flags)
+        local, own, m = localised(problem, shard), shard.own_rows, sum(shard.rows)
+        rows, cols = statistic.lengths(m, sum(shard.cols))
+        here = _of_own(targets, own, rows)
+        small = local[X].shape[0] * local[Y].shape[0] <= ops.KEPT_PRODUCTS[backend]  # type: ignore[union-attr]
+        keep = small and any(ctx.needs_input_grad[1:4])
+        _, _, state, products = ops.STATISTICS[backend](*local, here, epilogue, flags, keep)
+        mine = own.stop - own.start if rows else 0
+        parts = []
+        if rows:
+            parts.append(shard.gather_rows(state[:, :mine].T.contiguous()).T)
+        if cols:
+            of_cols = state[:, mine:].clone()
+            if statistic.hardest:  # whose index counts from the own rows
+                of_cols[-3] += own.start
+            parts.append(joined_columns(of_cols, statistic, shard))
+        whole = torch.cat(parts, 1)
+        factors = ops.factors(Problem.from_tensors(problem), (rows, cols)) if statistic.factor else None
+        vectors = statistic.finish(whole, targets, factors)
+        ctx.save_for_backward(*problem, *local, targets, whole, products)
+        ctx.mark_non_differentiable(whole)
+        ctx.set_materialize_grads(False)
+        ctx.statistic = shard, backend, epilogue, flags
+        return (*vectors, whole)
+
+    @staticmethod
+    def backward(ctx: Any, d_nll: Tensor | None, *more: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Own gradients of the own rows, and of the columns their sum; times the number of processes, as of `Group`."""
+        saved, (shard, backend, epilogue, flags) = ctx.saved_tensors, ctx.statistic
+        problem, local, (targets, state, products) = saved[:FIELDS], saved[FIELDS : 2 * FIELDS], saved[2 * FIELDS :]
+        statistic, needs, own = decode(epilogue, flags), ctx.needs_input_grad[1 : FIELDS + 1], shard.own_rows
+        rows = statistic.lengths(sum(shard.rows), sum(shard.cols))[0]
+        wanted = [d_nll, more[0]] if statistic.gap else [d_nll]
+        given = [state.new_zeros(state.shape[1:]) if c is None else c.contiguous() for c in wanted]
+        here = [_of_own(c, own, rows) for c in given]
+        found = gradients(
+            local, _of_own(targets, own, rows), _of_own(state, own, rows), products, here, backend, statistic, needs
+        )
+        for k in (X, SCALE, BIAS, TEACHER_X, TEACHER_SCALE):
+            found[k] = found[k] * shard.world if needs[k] else None
+        for k in (Y, TEACHER_Y):  # nothing is sent for a frozen tower
+            found[k] = shard.collectives.scatter(found[k] * shard.world, shard.cols) if needs[k] else None
+        if statistic.factor and (needs[ROW_FACTOR] or needs[COL_FACTOR]):
+            factors = statistic.factor_gradient(state, targets, tuple(given))
+            found[ROW_FACTOR] = factors[:rows] if rows else torch.zeros_like(problem[ROW_FACTOR])
+            found[COL_FACTOR] = factors[rows:] if statistic.cols else torch.zeros_like(problem[COL_FACTOR])
+        return (None, *_once(found, problem, needs), *(None,) * 4)
+
+
+class ShardedTotal(torch.autograd.Function):
+    """`(shard, *problem, backend) -> total []` of the group: every process sweeps its own rows."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        """Value and gradients of the own rows; the sum over the processes."""
+        shard, problem, backend = arguments[0], arguments[1 : FIELDS + 1], arguments[FIELDS + 1]
+        needs, local = ctx.needs_input_grad[1 : FIELDS + 1], localised(problem, shard)
+        total, *found = ops.SWEEP[backend](*local, *needs[:2], any(needs[2:4]))
+        if needs[Y]:
+            found[Y] = shard.collectives.scatter(found[Y], shard.cols)
+        ctx.save_for_backward(*problem, *found)
+        ctx.world = shard.world
+        summed: Tensor = shard.collectives.total(total)
+        return summed
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients times the cotangent and the number of processes."""
+        saved, needs = ctx.saved_tensors, ctx.needs_input_grad[1 : FIELDS + 1]
+        problem, made = saved[:FIELDS], saved[FIELDS:]
+        like = (problem[X].dtype, problem[Y].dtype, cotangent.dtype, cotangent.dtype)
+        found: list[Tensor | None] = [None] * FIELDS
+        found[:4] = [(g * cotangent * ctx.world).to(dtype) for g, dtype in zip(made, like, strict=True)]
+        return (None, *_once(found, problem, needs), None)
+
+
+def _of_own(vector: Any, own: slice, rows: int) -> Any:
+    """Of a vector, or state, `[.., L]` the own rows and all columns."""
+    if vector is None:
+        return None
+    return torch.cat([vector[..., :rows][..., own], vector[..., rows:]], -1)

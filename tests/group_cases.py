@@ -1,0 +1,149 @@
+"""Run by test_distributed.py in several processes: every loss of a group against one process with the whole batch."""
+
+from __future__ import annotations
+
+import datetime
+import os
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+import fastvlm_loss
+from fastvlm_loss import filters
+
+D = 12
+SIZES = {"even": (5, 5, 5, 5), "uneven": (7, 2, 5, 1), "with an empty one": (6, 0, 3, 4)}
+
+
+def unit(n, d, seed, dtype):
+    g = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(n, d, generator=g, dtype=torch.float64), dim=1).to(dtype)
+
+
+def vector(n, seed, dtype):
+    return torch.rand(n, generator=torch.Generator().manual_seed(seed)).add(0.2).to(dtype)
+
+
+def whole_batch(m, dtype):
+    """Everything that the losses may want, of all processes."""
+    g = torch.Generator().manual_seed(9)
+    return {
+        "image_features": unit(m, D, 0, dtype), "text_features": unit(m, D, 1, dtype),
+        "image_ids": torch.randint(-1, max(m // 2, 1), (m,), generator=g),
+        "text_ids": torch.randint(-1, max(m // 2, 1), (m,), generator=g),
+        "labels": torch.randint(-1, m, (m,), generator=g),
+        "image_weights": vector(m, 2, torch.float64), "text_weights": vector(m, 3, torch.float64),
+        "image_relevance": vector(m, 4, torch.float64), "text_relevance": vector(m, 5, torch.float64),
+        "teacher_image_features": unit(m, 6, 6, dtype), "teacher_text_features": unit(m, 6, 7, dtype),
+        "text_embeddings": unit(m, 6, 8, dtype),
+        "guide_image": unit(m, 6, 10, dtype), "guide_text": unit(m, 6, 11, dtype),
+    }  # fmt: skip
+
+
+LEARNED = (
+    "image_features", "text_features", "image_weights", "text_weights", "image_relevance", "text_relevance",
+    "teacher_image_features", "teacher_text_features",
+)  # fmt: skip
+# loss, what it takes of the batch, its other options
+CASES = {
+    "clip": ("clip_loss", (), {}),
+    "clip smoothed and weighted": ("clip_loss", ("image_weights", "text_weights"), {"label_smoothing": 0.1}),
+    "clip ids": ("clip_loss", ("image_ids",), {}),
+    "clip two ids, out": ("clip_loss", ("image_ids", "text_ids"), {"positives": "out"}),
+    "clip ids, in": ("clip_loss", ("image_ids",), {"positives": "in"}),
+    "clip labels": ("clip_loss", ("labels", "image_weights"), {}),
+    "clip images alone": ("clip_loss", (), {"directions": "image"}),
+    "clip texts alone, summed": ("clip_loss", ("text_weights",), {"directions": "text", "reduction": "sum"}),
+    "clip normalized": ("clip_loss", (), {"normalize": True}),
+    "clip filtered": ("clip_loss", (), {"filters": filters.relative(0.5)}),
+    "clip guided": ("clip_loss", ("image_ids", "guide_image", "guide_text"), {}),
+    "siglip": ("siglip_loss", (), {}),
+    "siglip ids": ("siglip_loss", ("image_ids",), {}),
+    "siglip summed": ("siglip_loss", (), {"reduction": "sum"}),
+    "relevance": ("relevance_clip_loss", ("image_relevance", "text_relevance"), {}),
+    "relevance of logits": (
+        "relevance_clip_loss", ("image_relevance", "text_relevance"), {"mode": "logit", "relevance_grad": True}
+    ),
+    "relevance of rows": ("relevance_clip_loss", ("image_relevance",), {"mode": "logit", "scope": "row"}),
+    "soft target": ("soft_target_clip_loss", ("teacher_image_features", "teacher_text_features"), {"alpha": 0.4}),
+    "soft target, learned teacher": (
+        "soft_target_clip_loss", ("teacher_image_features", "teacher_text_features", "image_ids"),
+        {"alpha": 0.4, "teacher_grad": True, "teacher_scale": 7.0},
+    ),
+    "hard negative": ("hard_negative_clip_loss", (), {"beta": 0.5}),
+    "hard negative, debiased": ("hard_negative_clip_loss", ("image_ids",), {"beta": 0.5, "tau_plus": 0.05}),
+    "margin": ("margin_clip_loss", ("text_embeddings",), {}),
+    "margin, labels": ("margin_clip_loss", ("text_embeddings", "labels"), {"threshold": 0.3}),
+    "triplet": ("triplet_loss", (), {}),
+    "triplet, hardest": ("triplet_loss", ("image_ids",), {"mining": "max"}),
+    "triplet, selective": ("triplet_loss", (), {"mining": "selective"}),
+}  # fmt: skip
+
+
+def evaluate(case, given, group=None):
+    """Loss and gradients by name."""
+    name, takes, options = CASES[case]
+    tensors = {k: given[k] for k in ("image_features", "text_features", *takes)}
+    options = dict(options)
+    if "guide_image" in tensors:
+        options["filters"] = filters.guide(tensors.pop("guide_image"), tensors.pop("guide_text"))
+    learned = {k: v.clone().requires_grad_() for k, v in tensors.items() if k in LEARNED and not _frozen(case, k)}
+    tensors |= learned
+    dtype = torch.float64 if given["image_features"].dtype == torch.float64 else torch.float32
+    if name != "triplet_loss":
+        scale, bias = (torch.full((), v, dtype=dtype, requires_grad=True) for v in (9.0, -1.0))
+        tensors |= {"logit_scale": scale, "logit_bias": bias}
+        learned |= {"logit_scale": scale, "logit_bias": bias}
+    loss = getattr(fastvlm_loss, name)(**tensors, **options, group=group)
+    return {
+        "loss": loss.detach(),
+        **dict(zip(learned, torch.autograd.grad(loss, tuple(learned.values())), strict=True)),
+    }
+
+
+def _frozen(case, k):
+    options = CASES[case][2]
+    if "relevance" in k:
+        return not options.get("relevance_grad")
+    return ("teacher" in k and not options.get("teacher_grad")) or (case.startswith("siglip") and "weights" in k)
+
+
+def own(batch, sizes, rank):
+    """The part of the batch that a process has."""
+    first = sum(sizes[:rank])
+    return {k: v[first : first + sizes[rank]] for k, v in batch.items()}
+
+
+def compare(case, sizes, dtype, group, rank, budget):
+    """What differs from one process with the whole batch, after the average that DDP takes."""
+    world = len(sizes)
+    batch = whole_batch(sum(sizes), dtype)
+    want = evaluate(case, batch)
+    got = evaluate(case, own(batch, sizes, rank), group)
+    wrong = []
+    for k, value in got.items():
+        expected = want[k]
+        if k in ("logit_scale", "logit_bias"):
+            value = value.clone()
+            dist.all_reduce(value, group=group)
+            value = value / world
+        elif k != "loss":
+            first = sum(sizes[:rank])
+            expected, value = expected[first : first + sizes[rank]], value / world
+        error = (value.double() - expected.double()).abs().max().item() if value.numel() else 0.0
+        size = max(want[k].double().abs().max().item() if want[k].numel() else 0.0, 1e-3)
+        if not error <= budget * size:
+            wrong.append(f"{case}, {sizes}, {dtype}, rank {rank}: {k} is off by {error:.2e} of {size:.2e}")
+    return wrong
+
+
+def main(rank, world, port, job, results):
+    """One process."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=60))
+    try:
+        results[rank] = job(rank, world)
+    finally:
+        dist.destroy_process_group()

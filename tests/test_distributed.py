@@ -1,0 +1,165 @@
+"""Losses of a group of processes: the loss and all gradients are those of one process with the whole batch (gloo)."""
+
+import math
+import socket
+
+import group_cases
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from fastvlm_loss import (
+    BatchMetrics,
+    BatchNegatives,
+    clip_loss,
+    filters,
+    hard_negatives,
+    linear_cross_entropy,
+    vqa_loss,
+)
+
+pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="no gloo")
+
+
+def run(world, job):
+    """What each of `world` processes returns; a process that fails fails the test."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(group_cases.main, (world, port, job, results), nprocs=world)
+        return [results[rank] for rank in range(world)]
+
+
+def every_case(rank, world):
+    """All losses and sizes in fp64, and a rounding dtype with one size."""
+    group, wrong = dist.group.WORLD, []
+    for case in group_cases.CASES:
+        for sizes in group_cases.SIZES.values():
+            wrong += group_cases.compare(case, sizes[:world], torch.float64, group, rank, 1e-9)
+        wrong += group_cases.compare(case, group_cases.SIZES["uneven"][:world], torch.float32, group, rank, 2e-5)
+    return wrong
+
+
+def in_subgroups(rank, world):
+    """Two groups of two, the second of ranks that do not begin at 0."""
+    groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("replica", "shard"))
+    wrong = []
+    for case in ("clip ids", "clip labels", "siglip", "triplet, hardest", "soft target, learned teacher"):
+        for group in (groups[rank // 2], mesh["shard"]):
+            wrong += group_cases.compare(case, (4, 3), torch.float64, _process_group(group), rank % 2, 1e-9)
+    x = torch.eye(4)
+    loss = clip_loss(x, x, 5.0, group=mesh["shard"])
+    assert torch.allclose(loss, clip_loss(torch.cat([x, x]), torch.cat([x, x]), 5.0))
+    return wrong
+
+
+def _process_group(group):
+    return group.get_group() if hasattr(group, "get_group") else group
+
+
+def picked(rank, world):
+    """Negatives, metrics and per-sample losses."""
+    sizes, group = group_cases.SIZES["uneven"][:world], dist.group.WORLD
+    batch = group_cases.whole_batch(sum(sizes), torch.float32)
+    mine, first = group_cases.own(batch, sizes, rank), sum(sizes[:rank])
+    own = slice(first, first + sizes[rank])
+    law, both = {"seed": 1, "step": 2}, ("image_features", "text_features")
+    for takes, options in (
+        ((), {}), ((), {"hardness": math.inf}), ((), {"floor": 1e-2}), (("image_ids",), {}), (("labels",), {}),
+        ((), {"filters": filters.relative(0.5)}),
+    ):  # fmt: skip
+        want = hard_negatives(*(batch[k] for k in both), 3, **law, **{k: batch[k] for k in takes}, **options)
+        ours = {k: mine[k] for k in takes}
+        got = hard_negatives(*(mine[k] for k in both), 3, **law, **ours, **options, group=group)
+        for name in ("text_index", "text_valid", "image_index", "image_valid", "image_in", "text_in"):
+            assert torch.equal(getattr(got, name), getattr(want, name)[own]), (name, takes, options)
+        if "floor" not in options:
+            rule = {k: v for k, v in options.items() if k == "filters"}
+            beside = BatchNegatives(3, **law, hardness=options.get("hardness", 1.0))
+            clip_loss(*(mine[k] for k in both), 9.0, **ours, **rule, negatives=beside, group=group)
+            assert torch.equal(beside.found.text_index, got.text_index)
+            assert torch.equal(beside.found.image_index, got.image_index)
+    told, whole = BatchMetrics(), BatchMetrics()
+    clip_loss(*(mine[k] for k in both), 9.0, metrics=told, group=group)
+    clip_loss(*(batch[k] for k in both), 9.0, metrics=whole)
+    for name, value in vars(whole).items():
+        torch.testing.assert_close(getattr(told, name), value, atol=1e-5, rtol=1e-5)
+    x, every = mine["image_features"].clone().requires_grad_(), batch["image_features"].clone().requires_grad_()
+    losses = clip_loss(x, mine["text_features"], 9.0, reduction="none", group=group)
+    wanted = clip_loss(every, batch["text_features"], 9.0, reduction="none")
+    torch.testing.assert_close(losses, wanted[own])
+    weight = torch.arange(float(sum(sizes)))
+    (losses * weight[own]).sum().backward()
+    (wanted * weight).sum().div(world).backward()  # the mean over the processes of what each makes of its own
+    torch.testing.assert_close(x.grad / world, every.grad[own], atol=1e-5, rtol=1e-4)
+    return []
+
+
+def vocabulary(rank, world):
+    """Token losses: the mean is over the tokens of all processes."""
+    sizes, group = (7, 2, 5, 1)[:world], dist.group.WORLD
+    g = torch.Generator().manual_seed(3)
+    n, first = sum(sizes), sum(sizes[:rank])
+    own = slice(first, first + sizes[rank])
+    hidden, weight = (torch.randn(k, 8, generator=g, dtype=torch.float64) for k in (n, 11))
+    targets, shares = torch.randint(11, (n,), generator=g), torch.rand(n, generator=g).double()
+    targets[0] = -100
+    cases = {
+        "mean": lambda h, w, t, s, group: linear_cross_entropy(h, w, t, token_weights=s, group=group),
+        "sum": lambda h, w, t, s, group: linear_cross_entropy(h, w, t, token_weights=s, reduction="sum", group=group),
+        "answers": lambda h, w, t, s, group: vqa_loss(
+            h[:, None], w, t[:, None], s, len(h), shift=False, group=group
+        ),
+    }  # fmt: skip
+    for name, loss in cases.items():
+        one = [t.clone().requires_grad_() for t in (hidden, weight, shares)]
+        part = [t.clone().requires_grad_() for t in (hidden[own], weight, shares[own])]
+        want, got = loss(*one[:2], targets, one[2], None), loss(*part[:2], targets[own], part[2], group)
+        torch.testing.assert_close(got, want, msg=name)
+        want.backward()
+        got.backward()
+        dist.all_reduce(part[1].grad)
+        for t, whole in zip(part, (one[0].grad[own], one[1].grad, one[2].grad[own]), strict=True):
+            torch.testing.assert_close(t.grad / world, whole, atol=1e-9, rtol=1e-9)
+    return []
+
+
+def refusals(rank, world):
+    """What does not fit together is one error in every process, and nobody hangs."""
+    x, group = torch.eye(4), dist.group.WORLD
+    for ours, message in (
+        (
+            lambda: clip_loss(x[:, : 4 - rank], x[:, : 4 - rank], 1.0, group=group),
+            "group: got processes with D = [4, 3",
+        ),
+        (lambda: clip_loss(x, x, 1.0, **({"image_ids": torch.arange(4)} if rank else {}), group=group), "options that"),
+        (lambda: clip_loss(x, x[: 4 - rank], 1.0, group=group), "labels: got None"),
+    ):
+        try:
+            ours()
+        except ValueError as error:
+            assert message in str(error), error
+        else:
+            raise AssertionError(message)
+    dist.barrier()  # everybody is still there
+    return []
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_every_loss_is_that_of_the_whole_batch(world):
+    wrong = [line for lines in run(world, every_case) for line in lines]
+    assert not wrong, "\n".join(wrong[:20])
+
+
+def test_subgroups_and_dimensions_of_a_mesh():
+    wrong = [line for lines in run(4, in_subgroups) for line in lines]
+    assert not wrong, "\n".join(wrong[:20])
+
+
+@pytest.mark.parametrize("job", [picked, vocabulary, refusals], ids=lambda job: job.__name__)
+def test_besides_the_losses(job):
+    run(3, job)
