@@ -36,7 +36,7 @@ class Selection(TypedDict, total=False):
     normalize: bool
     metrics: BatchMetrics | None
     negatives: BatchNegatives | None
-    group: None
+    group: object
     check_finite: bool
 
 

@@ -33,7 +33,7 @@ def caption_loss(
     label_smoothing: float = 0.0,
     reduction: Literal["mean", "sum", "none"] = "mean",
     normalizer: Tensor | float | None = None,
-    group: None = None,
+    group: object = None,
 ) -> Tensor:
     """Next-token loss of captions: the hidden state at position t predicts token t + 1.
 
@@ -52,7 +52,7 @@ def caption_loss(
         label_smoothing: eps in [0, 1); BLIP takes 0.1.
         reduction: "mean" over the tokens that count, "sum", or "none" (`[..., T - 1]`, or `[..., T]` without shift).
         normalizer: of "mean", what the sum is divided by instead: the tokens of all processes and accumulation steps.
-        group: must be None; the loss over a process group is not part of this version.
+        group: as of `linear_cross_entropy`.
 
     Returns:
         fp32 (fp64 for fp64 features) scalar, or a loss a token. Differentiable in hidden, weight and bias.
@@ -82,7 +82,7 @@ def vqa_loss(
     shift: bool = True,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
-    group: None = None,
+    group: object = None,
 ) -> Tensor:
     """Generative question answering: the answers of all images one after another, each with its weight.
 

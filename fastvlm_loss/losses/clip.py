@@ -44,7 +44,7 @@ def clip_loss(
     reduction: Literal["mean", "sum", "none"] = "mean",
     metrics: BatchMetrics | None = None,
     negatives: BatchNegatives | None = None,
-    group: None = None,
+    group: object = None,
     check_finite: bool = False,
 ) -> Tensor:
     """Contrastive loss of CLIP (InfoNCE in both directions) without the M x N score matrix.
@@ -78,7 +78,10 @@ def clip_loss(
             directions="text"; both directions need M = N).
         metrics: a `BatchMetrics` to fill with accuracies, mean scores and hardest negatives of this pass.
         negatives: a `BatchNegatives` to fill with hard negatives for image-text matching, from this pass.
-        group: must be None; the loss over a process group is not part of this version.
+        group: None, this process alone; or a `torch.distributed` process group, or one dimension of a `DeviceMesh`: the
+            batch is that of all its processes, in the order of their ranks. Each gives what is its own, as many samples
+            as it has, and the same options; labels are indices into the group's texts. All return the group's loss, and
+            DDP's mean of the gradients is that of the whole batch (docs/distributed.md).
         check_finite: raise on NaN or infinity in the features, naming the row (synchronises on a GPU).
 
     Returns:

@@ -40,7 +40,7 @@ def linear_cross_entropy(
     alpha: float = 0.4,
     reduction: Literal["mean", "sum", "none"] = "mean",
     normalizer: Tensor | float | None = None,
-    group: None = None,
+    group: object = None,
 ) -> Tensor:
     """Cross-entropy of a vocabulary head: masked language modelling, captions, answers.
 
@@ -67,7 +67,8 @@ def linear_cross_entropy(
             ones).
         normalizer: of "mean", what the sum is divided by instead: the tokens of all accumulation steps, for instance.
             Number or tensor; a tensor of 0 counts as 1.
-        group: must be None; the loss over a process group is not part of this version.
+        group: None, or a process group (or one dimension of a `DeviceMesh`) whose tokens are one batch: sums, means and
+            normalizers are the group's, and DDP's mean of the gradients is that of the whole batch.
 
     Returns:
         fp32 (fp64 for fp64 features) scalar, or `[...]`. Differentiable in hidden, weight, bias and token weights.

@@ -36,7 +36,7 @@ def siglip_loss(
     text_weights: Tensor | None = None,
     normalize: bool = False,
     reduction: Literal["mean", "sum"] = "mean",
-    group: None = None,
+    group: object = None,
     check_finite: bool = False,
 ) -> Tensor:
     """Sigmoid loss of SigLIP without the M x N score matrix, value and gradients from one sweep over the scores.
@@ -59,7 +59,7 @@ def siglip_loss(
         normalize: L2-normalise the features first (differentiably).
         reduction: "mean" (the sum over all pairs divided by M, as published, or by the sum of the image weights; no
             weight at all gives 0) or "sum".
-        group: must be None; the loss over a process group is not part of this version.
+        group: as of `clip_loss`.
         check_finite: raise on NaN or infinity in the features, naming the row (synchronises on a GPU).
 
     Returns:
