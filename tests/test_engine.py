@@ -79,7 +79,7 @@ def test_merging_shards_of_the_columns_is_the_whole(pair):
     statistic = Softmax(rows=True, cols=False, gap=True)
     target = torch.randint(0, 60, (20,))
     scale = torch.tensor(7.0, dtype=torch.float64)
-    whole, _ = chunked.statistics(Problem(x, y, scale, None, target), statistic)
+    whole, *_ = chunked.statistics(Problem(x, y, scale, None, target), statistic)
     merged = statistic.identity(x, torch.float64, 20)
     for c in range(0, 60, 25):
         inside = (target >= c) & (target < c + 25)
