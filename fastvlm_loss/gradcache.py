@@ -74,7 +74,7 @@ def cached_step(
         TypeError, ValueError: an argument of the wrong kind, shape or range, or what an encoder or the loss returns,
             named.
 
-    Source: Gao et al. 2021 (GradCache), section 3; Pham et al. 2021 (BASIC), section 4.
+    Source: Gao et al. 2021 (GradCache), section 3; Pham et al. 2021 (BASIC).
     """
     check.flag("check_replay", check_replay)
     found = _found(modules, (encode_image, encode_text))

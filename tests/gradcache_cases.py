@@ -24,7 +24,7 @@ class Tower(nn.Module):
 
 
 class Model(nn.Module):
-    """Two towers with a common layer, and a loss with its own parameters; `forward` takes either side or both."""
+    """Two towers with a common layer, and a loss with its own parameters; `forward` is any of the three."""
 
     def __init__(self, loss="clip", **options):
         super().__init__()
@@ -42,10 +42,10 @@ class Model(nn.Module):
         function = {"clip": clip_loss, "siglip": siglip_loss}[self.form]
         return function(image, text, self.logit_scale.exp(), self.logit_bias)
 
-    def forward(self, image=None, text=None):
-        if text is None:
-            return self.encode_image(image)
-        return self.encode_text(text) if image is None else (self.encode_image(image), self.encode_text(text))
+    def forward(self, image=None, text=None, features=None):
+        if features is not None:
+            return self.loss(*features)
+        return self.encode_text(text) if image is None else self.encode_image(image)
 
 
 def make(seed=0, dtype=torch.float32, **options):

@@ -1,18 +1,15 @@
 """The cached step makes the gradients of one backward, in the memory of one micro-batch, and leaves no trace."""
 
 import random
-from functools import partial
-from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
-from gradcache_cases import Model, Tower, assert_near, batch, by_one_backward, gradients, make
-from torch import Tensor, nn
+from gradcache_cases import assert_near, batch, by_one_backward, gradients, make
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fastvlm_loss import cached_step, clip_loss
-from fastvlm_loss.gradcache import _found
+from fastvlm_loss import cached_step
 
 
 def step(model, images, texts, micro_batch=4, **options):
@@ -87,46 +84,6 @@ def test_random_numbers_of_the_loss_count_and_an_error_in_pass_2_puts_them_back(
     assert torch.equal(torch.rand(3), wanted)
 
 
-class Features(NamedTuple):
-    pooled: Tensor
-    tokens: Tensor | None
-
-
-def test_nested_batches_and_features_keep_their_form():
-    model, (images, texts) = make(), batch()
-    want = by_one_backward(model, images, texts)[1]
-    seen = []
-
-    def encode_image(x):
-        assert type(x) is dict and x["mask"] is None and isinstance(x["pixels"], tuple)
-        image, twice = x["pixels"]
-        seen.append((len(image), len(twice[0])))
-        return {"features": model.encode_image(image), "rows": torch.arange(len(image))}
-
-    def encode_text(x):
-        return Features(model.encode_text(x.pooled), x.tokens)
-
-    def loss(x, y):
-        assert isinstance(y, Features) and y.tokens is None and not x["rows"].is_floating_point()
-        assert x["rows"].tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2]
-        return model.loss(x["features"], y.pooled)
-
-    pixels = {"pixels": (images, [images]), "mask": None}
-    cached_step(encode_image, encode_text, pixels, Features(texts, None), loss, micro_batch=4, check_replay=True)
-    assert seen == 2 * [(4, 4), (4, 4), (3, 3)]
-    assert_near(gradients(model), want)
-
-
-def test_sides_of_different_sizes():
-    model, (images, texts) = make(), batch()
-    labels = torch.arange(5)
-    loss = lambda x, y: clip_loss(x, y, 10.0, labels=labels)  # noqa: E731
-    loss(model.encode_image(images[:5]), model.encode_text(texts)).backward()
-    want = gradients(model)
-    cached_step(model.encode_image, model.encode_text, images[:5], texts, loss, micro_batch=4)
-    assert_near(gradients(model), want)
-
-
 def test_one_encoder_for_both_sides():
     model, (images, _) = make(), batch()
     model.loss(model.encode_image(images), model.encode_image(images.flip(1))).backward()
@@ -157,14 +114,6 @@ def test_a_loss_that_ignores_a_side_gives_it_no_gradient():
     cached_step(model.encode_image, model.encode_text, images, texts, lambda x, _: x[:, 0].sum(), micro_batch=4)
     assert not any(name.startswith(("text", "logit")) for name in gradients(model))
     assert len(model.text.calls) == 3 and len(model.image.calls) == 6
-
-
-def test_only_what_the_loss_uses_of_several_features_is_followed():
-    model, (images, texts) = make(), batch()
-    want = by_one_backward(model, images, texts)[1]
-    both = lambda x: (model.encode_text(x), model.encode_text(x).detach(), model.encode_text(x))  # noqa: E731
-    cached_step(model.encode_image, both, images, texts, lambda x, y: model.loss(x, y[0]), micro_batch=4)
-    assert_near(gradients(model), want)
 
 
 class Probe(torch.autograd.Function):
@@ -382,69 +331,3 @@ def test_a_pass_that_is_not_the_first_again_is_found():
         ):
             cached_step(encode, model.encode_text, images, texts, model.loss, micro_batch=4, check_replay=True)
         cached_step(encode, model.encode_text, images, texts, model.loss, micro_batch=4)
-
-
-def encode_by_name(x):
-    return MODEL.encode_image(x)
-
-
-MODEL = Model()
-
-
-def test_modules_are_found_in_the_encoders():
-    model, tower = make(), Tower()
-    inside = set(model.modules())
-    assert set(_found(None, (model, tower))) == inside | set(tower.modules())
-    assert set(_found(None, (model.encode_image, len))) == inside
-    assert set(_found(None, (partial(Model.encode_image, model), partial(len)))) == inside
-    assert set(_found(None, (lambda x: model(image=x), lambda x: model(text=x)))) == inside
-    assert set(_found(None, (encode_by_name, len))) == set(MODEL.modules())
-    assert _found((), (model, tower)) == [] and set(_found([tower], (model, model))) == set(tower.modules())
-
-
-IMAGES, TEXTS = batch()
-CASES = [
-    (TypeError, "micro_batch: got float 2.0, wanted an int", {"micro_batch": 2.0}),
-    (ValueError, "micro_batch: got 0, wanted at least 1", {"micro_batch": 0}),
-    (TypeError, "check_replay: got int 1, wanted True or False", {"check_replay": 1}),
-    (TypeError, r"modules\[1\]: got int, wanted a torch.nn.Module", {"modules": [nn.Linear(1, 1), 3]}),
-    (TypeError, r"images: got list without a tensor, wanted a tensor or a tuple, list or", {"images": []}),
-    (TypeError, r"texts\['a'\]\[1\]: got str, wanted a tensor or a tuple", {"texts": {"a": (TEXTS, "b")}}),
-    (ValueError, r"texts: got a tensor of shape \[\], wanted the batch in dimension 0", {"texts": torch.zeros(())}),
-    (ValueError, r"images\[1\]: got 7 rows, wanted 11 as in images\[0\]", {"images": (IMAGES, IMAGES[:7])}),
-    (TypeError, "encode_text: got int, wanted a tensor", {"encode_text": lambda x: 3}),
-    (
-        ValueError,
-        r"encode_text: got features of shape \[3, 8\] for 4 rows",
-        {"encode_text": lambda x: x.new_ones(3, 8)},
-    ),
-    (ValueError, r"encode_text\[0\]: got a tensor of shape \[\], wanted", {"encode_text": lambda x: [x.sum()]}),
-    (
-        ValueError,
-        r"encode_text: got rows of shape \[\[3\]\] after \[\[4\]\], wanted all micro-batches alike",
-        {"encode_text": lambda x: x.new_ones(len(x), len(x))},
-    ),
-    (TypeError, "loss: got a function that returns dict, wanted a scalar", {"loss": lambda x, y: {"loss": x.sum()}}),
-    (ValueError, r"loss: got a function that returns shape \[11\]", {"loss": lambda x, y: x[:, 0]}),
-    (
-        ValueError,
-        "loss: got a value that depends on nothing to train",
-        {"encode_image": lambda x: x.detach(), "encode_text": lambda x: x, "loss": lambda x, y: x.sum() + y.sum()},
-    ),
-    (ValueError, "loss: got a value that depends on nothing to train", {"loss": lambda x, y: x.detach().sum()}),
-]
-
-
-@pytest.mark.parametrize(("error", "message", "change"), CASES)
-def test_errors_name_the_argument(error, message, change):
-    model = make()
-    arguments = {
-        "encode_image": model.encode_image, "encode_text": model.encode_text, "images": IMAGES, "texts": TEXTS,
-        "loss": model.loss, "micro_batch": 4,
-    }  # fmt: skip
-    with pytest.raises(error, match=f"^{message}"):
-        cached_step(**arguments | change)
-    assert not gradients(model)
-    if message.startswith("loss"):
-        with pytest.raises(error, match=f"^{message}"):
-            cached_step(**arguments | change | {"micro_batch": None})
