@@ -169,6 +169,7 @@ def targets(rows: list[dict[str, Any]], device: str) -> list[str]:
             asked.append(("extra MB of the largest", of(OURS, "extra"), 1e6, 64))
         else:
             asked.append(("time of the largest over one product", of(OURS), of(PRODUCT), 1.5))
+        asked.append(("time of drawing over dense Gumbel top-k", of(DRAWN), of(GUMBEL), 0.5))
     else:
         asked.append(("time of drawing over the usual loop", of(DRAWN), of(LOOP), 0.2))
     for what, ours, theirs, most in asked:

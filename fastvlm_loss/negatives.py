@@ -95,15 +95,9 @@ def hard_negatives(
     )  # fmt: skip
     whole = filtered(problem, filters)
     m, n = whole.m, whole.n
-    for name, features, found in (("images", image_features, of_images), ("texts", text_features, of_texts)):
-        if found is not None and whole.row_id is None:
-            raise ValueError(f"image_ids: got None beside a queue of {name} and labels, wanted ids of images and texts")
-        if found is not None and found.dim != features.shape[1]:
-            raise ValueError(f"queue: got {name} of D = {found.dim}, wanted {features.shape[1]}")
-        if found is not None and whole.second:
-            raise ValueError(f"filters: got a guide beside a queue of {name}, which has no features of the guide")
-        if found is not None and step is None and (found.start_step or found.max_age is not None):
-            raise ValueError(f"step: got None beside a queue of {name} with an age or a start, wanted the current step")
+    for name, found in (("images", of_images), ("texts", of_texts)):
+        if found is not None:
+            _check_queue(name, found, whole, step)
     selection = law.selection(whole)
     rows = cols = None
     if floor:
@@ -145,6 +139,17 @@ def _queues(queue: object) -> tuple[FeatureQueue | None, FeatureQueue | None]:
     raise TypeError(
         f"queue: got {type(queue).__name__}, wanted a FeatureQueue of texts, or a pair (of images, of texts)"
     )
+
+
+def _check_queue(name: str, queue: FeatureQueue, p: Problem, step: int | Tensor | None) -> None:
+    if p.row_id is None:
+        raise ValueError(f"image_ids: got None beside a queue of {name} and labels, wanted ids of images and texts")
+    if queue.dim != p.x.shape[1]:
+        raise ValueError(f"queue: got {name} of D = {queue.dim}, wanted {p.x.shape[1]}")
+    if p.second:
+        raise ValueError(f"filters: got a guide beside a queue of {name}, which has no features of the guide")
+    if step is None and (queue.start_step or queue.max_age is not None):
+        raise ValueError(f"step: got None beside a queue of {name} with an age or a start, wanted the current step")
 
 
 def _beside(p: Problem, queue: FeatureQueue, step: int | Tensor | None, rows: bool) -> Problem:

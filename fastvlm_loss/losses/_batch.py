@@ -20,10 +20,10 @@ from ._metrics import BatchMetrics
 from ._negatives import BatchNegatives
 from ._reduce import DIRECTIONS, REDUCTIONS, combine, sample_weights, unit_features
 
-__all__ = ["Batch", "Options", "Selection", "one_process", "sharding_of"]
+__all__ = ["Batch", "Options", "SampleOptions", "one_process", "sharding_of"]
 
 
-class Selection(TypedDict, total=False):
+class SampleOptions(TypedDict, total=False):
     """Options of which anchors and candidates take part, as `clip_loss` documents them."""
 
     labels: Tensor | None
@@ -40,7 +40,7 @@ class Selection(TypedDict, total=False):
     check_finite: bool
 
 
-class Options(Selection, total=False):
+class Options(SampleOptions, total=False):
     """Options that every softmax loss has, as `clip_loss` documents them."""
 
     reduction: Literal["mean", "sum", "none"]

@@ -17,7 +17,7 @@ from ..engine import tile
 from ..engine.tile import SoftmaxTile
 from ..scores import check
 from ..scores.problem import Problem
-from ._batch import Batch, Selection
+from ._batch import Batch, SampleOptions
 from ._oracle import entries, matrix, mean_of, sides_of, some_ids
 from ._reduce import REDUCTIONS
 from ._spec import LossSpec, register
@@ -35,7 +35,7 @@ def triplet_loss(
     mining: Literal["sum", "max", "selective"] = "sum",
     epsilon: float = 0.01,
     reduction: Literal["mean", "sum", "none"] | None = None,
-    **options: Unpack[Selection],
+    **options: Unpack[SampleOptions],
 ) -> Tensor:
     """Hinges of a margin between each positive and its negatives, without the M x N matrix.
 
