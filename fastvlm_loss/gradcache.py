@@ -48,8 +48,8 @@ def cached_step(
             batch in dimension 0, or a tuple, list or mapping of such. One without anything to train runs once.
         images, texts: the batch: a tensor with the batch in dimension 0, or a tuple, list or mapping of such (or of
             None), nested at will, all split alike. The encoder gets the same form; a mapping as a dict.
-        loss: function of the image and the text features of the whole batch, in the form that the encoders return, with
-            a scalar value. What it trains itself, `logit_scale` say, gets its gradient here.
+        loss: function of the image and the text features of the whole batch, in the form that the encoders return (a
+            mapping as a dict), with a scalar value. What it trains itself, `logit_scale` say, gets its gradient here.
         micro_batch: rows >= 1 of a micro-batch; None is the step without a cache, one forward and one backward. (A
             batch of one micro-batch still takes two passes: ranks must not differ in what they do.)
         modules: those that the encoders call, for `DistributedDataParallel` and for buffers, see below; None finds them
