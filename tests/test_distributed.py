@@ -13,6 +13,7 @@ from fastvlm_loss import (
     BatchMetrics,
     BatchNegatives,
     clip_loss,
+    distributed,
     filters,
     hard_negatives,
     linear_cross_entropy,
@@ -128,6 +129,41 @@ def vocabulary(rank, world):
     return []
 
 
+def volume(rank, world):
+    """Bytes that a process gets from the others are those of docs/distributed.md."""
+    n, d, got = 6, 32, {}
+
+    def counted(name, call):
+        def counting(output, given, group=None):
+            large = given if name == "reduce_scatter" else output
+            got[name] = got.get(name, 0) + large.numel() * large.element_size() * (world - 1) // world
+            return call(output, given, group=group)
+
+        return counting
+
+    for name in ("_all_gather", "_reduce_scatter"):
+        setattr(distributed, name, counted(name[1:], getattr(distributed, name)))
+    exchange = dist.all_to_all_single
+    dist.all_to_all_single = counted("all_to_all", exchange)
+    try:
+        x, y = (group_cases.unit(n, d, seed, torch.bfloat16).requires_grad_() for seed in (rank, 10 + rank))
+        loss = clip_loss(x, y, 9.0, group=dist.group.WORLD)
+        others, states = n * (world - 1), 3 * 4
+        agreement = 4 * 8 * (world - 1)
+        assert got == {
+            "all_gather": agreement + others * (2 * d + 2 * states), "all_to_all": others * states
+        }, got  # fmt: skip
+        loss.backward()
+        assert got["reduce_scatter"] == others * 2 * d
+        frozen = y.detach()
+        got.clear()
+        clip_loss(x, frozen, 9.0, group=dist.group.WORLD).backward()
+        assert "reduce_scatter" not in got
+    finally:
+        dist.all_to_all_single = exchange
+    return []
+
+
 def refusals(rank, world):
     """What does not fit together is one error in every process, and nobody hangs."""
     x, group = torch.eye(4), dist.group.WORLD
@@ -160,6 +196,6 @@ def test_subgroups_and_dimensions_of_a_mesh():
     assert not wrong, "\n".join(wrong[:20])
 
 
-@pytest.mark.parametrize("job", [picked, vocabulary, refusals], ids=lambda job: job.__name__)
+@pytest.mark.parametrize("job", [picked, vocabulary, volume, refusals], ids=lambda job: job.__name__)
 def test_besides_the_losses(job):
     run(3, job)

@@ -55,3 +55,17 @@ def test_the_two_lines_are_marked():
 def test_every_example_is_listed():
     listed = (EXAMPLES / "README.md").read_text()
     assert all(f"]({path.name})" in listed for path in EXAMPLES.glob("*.py"))
+
+
+def test_the_distributed_step_is_that_of_one_process_and_learns():
+    torch = pytest.importorskip("torch")
+    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+        pytest.skip("no gloo")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launch, str(EXAMPLES / "distributed_step.py"), "--check", "--steps", "40"]
+    hidden = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180, cwd=EXAMPLES.parent, env=hidden)
+    assert done.returncode == 0, done.stderr[-2000:]
+    said, *steps = done.stdout.splitlines()
+    losses = [float(line.rpartition(" ")[2]) for line in steps]
+    assert said == "loss and gradients are those of one process" and losses[-1] < 0.1 * losses[0]
