@@ -10,6 +10,7 @@ if importlib.util.find_spec(f"{__name__}.kernels") is None:
 from . import filters
 from ._version import __version__
 from .backends.triton import set_workspace
+from .distributed import set_gather_limit
 from .engine.dispatch import backend
 from .gradcache import cached_step
 from .heads import MatchingHead
@@ -90,7 +91,7 @@ __all__ = [
     "multiscale_itm",
     "multiscale_itm_loss",
     "relevance_clip_loss",
-    "set_workspace",
+    "set_gather_limit", "set_workspace",
     "siglip_loss",
     "soft_target_clip_loss",
     "triplet_loss",

@@ -9,6 +9,7 @@ takes, is then the gradient of one process with the whole batch.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +17,31 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .scores import check
 from .scores.shard import Shard
 
-__all__ = ["Group", "group_of", "shard_of"]
+__all__ = ["Group", "group_of", "set_gather_limit", "shard_of"]
 
 # the names before torch 2.14
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+_gathered = 2**32
+
+
+def set_gather_limit(size: int) -> None:
+    """Bound the features that a loss of a group gathers in each process; beyond it they travel in a ring.
+
+    Args:
+        size: bytes, at least 0; 4 GiB to begin with. The same in every process. Gathered, the texts' features of the
+            whole group lie in every process until backward; in a ring two shards of them do, at more exchanges.
+
+    Raises:
+        TypeError, ValueError: not an int, or negative.
+    """
+    global _gathered
+    _gathered = check.whole("size", size, low=0)
 
 
 def group_of(group: object) -> Group:
@@ -62,7 +81,9 @@ def shard_of(group: object, x: Tensor, y: Tensor, *same: object) -> Shard:
             f"group: got processes with D = {[t[2] for t in told]} and dtypes or options that differ, wanted the same "
             "arguments in each (which are given, and the options)"
         )
-    return Shard(found, found.rank, tuple(t[0] for t in told), tuple(t[1] for t in told))
+    rows, cols = (tuple(t[k] for t in told) for k in (0, 1))
+    gathered = sum(cols) * y.shape[1] * y.element_size()
+    return Shard(found, found.rank, rows, cols, ring=found.world > 1 and gathered > _gathered)
 
 
 @dataclass(frozen=True)
@@ -104,6 +125,21 @@ class Group:
         """As of `Collectives`."""
         summed: Tensor = _Total.apply(own, self)
         return summed
+
+    def pass_on(self, tensors: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
+        """As of `Collectives`; no gradient."""
+        before, behind = (dist.get_global_rank(self.group, (self.rank + k) % self.world) for k in (-1, 1))
+        received = [torch.empty_like(t) for t in tensors]
+        ops = [dist.P2POp(dist.isend, t, before, self.group) for t in tensors]
+        ops += [dist.P2POp(dist.irecv, t, behind, self.group) for t in received]
+        under_way = dist.batch_isend_irecv(ops)
+
+        def arrived() -> list[Tensor]:
+            for work in under_way:
+                work.wait()
+            return received
+
+        return arrived
 
     def own(self, every: Tensor, sizes: tuple[int, ...]) -> Tensor:
         """As of `Collectives`."""

@@ -44,14 +44,22 @@ def every_case(rank, world):
     return wrong
 
 
+def every_case_in_a_ring(rank, world):
+    """The same with shards that travel."""
+    distributed.set_gather_limit(0)
+    return every_case(rank, world)
+
+
 def in_subgroups(rank, world):
     """Two groups of two, the second of ranks that do not begin at 0."""
     groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     mesh = dist.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("replica", "shard"))
     wrong = []
-    for case in ("clip ids", "clip labels", "siglip", "triplet, hardest", "soft target, learned teacher"):
-        for group in (groups[rank // 2], mesh["shard"]):
-            wrong += group_cases.compare(case, (4, 3), torch.float64, _process_group(group), rank % 2, 1e-9)
+    for limit in (2**32, 0):
+        distributed.set_gather_limit(limit)
+        for case in ("clip ids", "clip labels", "siglip", "triplet, hardest", "soft target, learned teacher"):
+            for group in (groups[rank // 2], mesh["shard"]):
+                wrong += group_cases.compare(case, (4, 3), torch.float64, _process_group(group), rank % 2, 1e-9)
     x = torch.eye(4)
     loss = clip_loss(x, x, 5.0, group=mesh["shard"])
     assert torch.allclose(loss, clip_loss(torch.cat([x, x]), torch.cat([x, x]), 5.0))
@@ -98,6 +106,12 @@ def picked(rank, world):
     (wanted * weight).sum().div(world).backward()  # the mean over the processes of what each makes of its own
     torch.testing.assert_close(x.grad / world, every.grad[own], atol=1e-5, rtol=1e-4)
     return []
+
+
+def picked_in_a_ring(rank, world):
+    """The same with shards that travel."""
+    distributed.set_gather_limit(0)
+    return picked(rank, world)
 
 
 def vocabulary(rank, world):
@@ -185,9 +199,10 @@ def refusals(rank, world):
     return []
 
 
+@pytest.mark.parametrize("job", [every_case, every_case_in_a_ring], ids=["gather", "ring"])
 @pytest.mark.parametrize("world", [2, 3, 4])
-def test_every_loss_is_that_of_the_whole_batch(world):
-    wrong = [line for lines in run(world, every_case) for line in lines]
+def test_every_loss_is_that_of_the_whole_batch(world, job):
+    wrong = [line for lines in run(world, job) for line in lines]
     assert not wrong, "\n".join(wrong[:20])
 
 
@@ -196,6 +211,6 @@ def test_subgroups_and_dimensions_of_a_mesh():
     assert not wrong, "\n".join(wrong[:20])
 
 
-@pytest.mark.parametrize("job", [picked, vocabulary, volume, refusals], ids=lambda job: job.__name__)
+@pytest.mark.parametrize("job", [picked, picked_in_a_ring, vocabulary, volume, refusals], ids=lambda job: job.__name__)
 def test_besides_the_losses(job):
     run(3, job)

@@ -16,7 +16,7 @@ from ..scores.problem import FIELDS, Problem
 from ..scores.selection import NOBODY, join
 from ..scores.shard import Shard
 from ..scores.statistics import decode
-from . import ops
+from . import ops, ring
 from .autograd import BIAS, COL_FACTOR, ROW_FACTOR, SCALE, X, Y, _once, gradients
 
 __all__ = ["Sharded", "ShardedTotal", "joined_candidates", "joined_columns", "localised"]
@@ -82,12 +82,18 @@ class Sharded(torch.autograd.Function):
         shard, problem = arguments[0], arguments[1 : FIELDS + 1]
         targets, backend, epilogue, flags = arguments[FIELDS + 1 :]
         statistic = decode(epilogue, flags)
-        local, own, m = localised(problem, shard), shard.own_rows, sum(shard.rows)
+        own, m = shard.own_rows, sum(shard.rows)
         rows, cols = statistic.lengths(m, sum(shard.cols))
-        here = _of_own(targets, own, rows)
-        small = local[X].shape[0] * local[Y].shape[0] <= ops.KEPT_PRODUCTS[backend]  # type: ignore[union-attr]
-        keep = small and any(ctx.needs_input_grad[1:4])
-        _, _, state, products = ops.STATISTICS[backend](*local, here, epilogue, flags, keep)
+        local: tuple[Tensor | None, ...] = ()
+        if shard.ring:
+            state = ring.states(problem, shard, backend, statistic)
+            products = state.new_empty(0)
+        else:
+            local = localised(problem, shard)
+            small = local[X].shape[0] * local[Y].shape[0] <= ops.KEPT_PRODUCTS[backend]  # type: ignore[union-attr]
+            keep = small and any(ctx.needs_input_grad[1:4])
+            here = _of_own(targets, own, rows)
+            _, _, state, products = ops.STATISTICS[backend](*local, here, epilogue, flags, keep)
         mine = own.stop - own.start if rows else 0
         parts = []
         if rows:
@@ -110,19 +116,22 @@ class Sharded(torch.autograd.Function):
     def backward(ctx: Any, d_nll: Tensor | None, *more: Tensor | None) -> tuple[Tensor | None, ...]:
         """Own gradients of the own rows, and of the columns their sum; times the number of processes, as of `Group`."""
         saved, (shard, backend, epilogue, flags) = ctx.saved_tensors, ctx.statistic
-        problem, local, (targets, state, products) = saved[:FIELDS], saved[FIELDS : 2 * FIELDS], saved[2 * FIELDS :]
+        problem, local, (targets, state, products) = saved[:FIELDS], saved[FIELDS:-3], saved[-3:]
         statistic, needs, own = decode(epilogue, flags), ctx.needs_input_grad[1 : FIELDS + 1], shard.own_rows
         rows = statistic.lengths(sum(shard.rows), sum(shard.cols))[0]
         wanted = [d_nll, more[0]] if statistic.gap else [d_nll]
         given = [state.new_zeros(state.shape[1:]) if c is None else c.contiguous() for c in wanted]
         here = [_of_own(c, own, rows) for c in given]
-        found = gradients(
-            local, _of_own(targets, own, rows), _of_own(state, own, rows), products, here, backend, statistic, needs
-        )
+        counts, states = _of_own(targets, own, rows), _of_own(state, own, rows)
+        if shard.ring:
+            found = ring.gradients_of(problem, shard, counts, states, here, backend, statistic, needs)
+        else:
+            found = gradients(local, counts, states, products, here, backend, statistic, needs)
         for k in (X, SCALE, BIAS, TEACHER_X, TEACHER_SCALE):
             found[k] = found[k] * shard.world if needs[k] else None
         for k in (Y, TEACHER_Y):  # nothing is sent for a frozen tower
-            found[k] = shard.collectives.scatter(found[k] * shard.world, shard.cols) if needs[k] else None
+            whole = None if not needs[k] else found[k] * shard.world
+            found[k] = whole if whole is None or shard.ring else shard.collectives.scatter(whole, shard.cols)
         if statistic.factor and (needs[ROW_FACTOR] or needs[COL_FACTOR]):
             factors = statistic.factor_gradient(state, targets, tuple(given))
             found[ROW_FACTOR] = factors[:rows] if rows else torch.zeros_like(problem[ROW_FACTOR])
@@ -137,10 +146,13 @@ class ShardedTotal(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         """Value and gradients of the own rows; the sum over the processes."""
         shard, problem, backend = arguments[0], arguments[1 : FIELDS + 1], arguments[FIELDS + 1]
-        needs, local = ctx.needs_input_grad[1 : FIELDS + 1], localised(problem, shard)
-        total, *found = ops.SWEEP[backend](*local, *needs[:2], any(needs[2:4]))
-        if needs[Y]:
-            found[Y] = shard.collectives.scatter(found[Y], shard.cols)
+        needs = ctx.needs_input_grad[1 : FIELDS + 1]
+        if shard.ring:
+            total, *found = ring.sweep(problem, shard, backend, needs)
+        else:
+            total, *found = ops.SWEEP[backend](*localised(problem, shard), *needs[:2], any(needs[2:4]))
+            if needs[Y]:
+                found[Y] = shard.collectives.scatter(found[Y], shard.cols)
         ctx.save_for_backward(*problem, *found)
         ctx.world = shard.world
         summed: Tensor = shard.collectives.total(total)

@@ -13,6 +13,7 @@ from ..scores.problem import Problem
 from ..scores.selection import Selection
 from ..scores.shard import Shard
 from ..scores.statistics import Candidates, Hinge, Sigmoid, Softmax
+from . import ring
 from .autograd import Statistics, Total, Weighted
 from .dispatch import resolve
 from .ops import KEPT_PRODUCTS, SELECT, no_autocast
@@ -145,6 +146,9 @@ def select(problem: Problem, selection: Selection, *, rows: bool = True, cols: b
             totals = selection.totals
             if totals is not None:
                 selection = replace(selection, totals=torch.cat([totals[own], totals[m:]] if rows else [totals]))
+            if shard.ring:
+                found = ring.select(problem.tensors(), shard, backend, statistic, selection)
+                return joined_candidates(*found, selection.k, cols, shard)
             problem = replace(Problem.from_tensors(localised(problem.tensors(), shard)), second=problem.second)
         if backend == "dense":
             order, best = dense.selected(problem, statistic, selection)

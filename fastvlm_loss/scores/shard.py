@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,6 +26,9 @@ class Collectives(Protocol):
     def exchange(self, parts: Tensor) -> Tensor:
         """Row r of each process's `[world, ...]` to process r."""
 
+    def pass_on(self, tensors: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
+        """Begin to send these to the process before this one; what it returns waits for those of the one behind."""
+
     def own(self, every: Tensor, sizes: tuple[int, ...]) -> Tensor:
         """The own rows of what every process has whole, differentiably."""
 
@@ -43,12 +47,14 @@ class Shard:
         collectives: of the group.
         rank: of this process in the group.
         rows, cols: numbers of images and texts of each process.
+        ring: whether column shards travel, instead of being gathered.
     """
 
     collectives: Collectives
     rank: int
     rows: tuple[int, ...]
     cols: tuple[int, ...]
+    ring: bool = False
 
     @property
     def world(self) -> int:
@@ -64,6 +70,10 @@ class Shard:
     def own_cols(self) -> slice:
         """Of all columns."""
         return _own(self.cols, self.rank)
+
+    def cols_of(self, rank: int) -> slice:
+        """A process's, of all columns."""
+        return _own(self.cols, rank)
 
     def gather_rows(self, own: Tensor) -> Tensor:
         """Something of each row, of all processes."""
