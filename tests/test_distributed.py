@@ -1,6 +1,7 @@
 """Losses of a group of processes: the loss and all gradients are those of one process with the whole batch (gloo)."""
 
 import math
+import random
 import socket
 
 import group_cases
@@ -48,6 +49,19 @@ def every_case_in_a_ring(rank, world):
     """The same with shards that travel."""
     distributed.set_gather_limit(0)
     return every_case(rank, world)
+
+
+def random_shapes(rank, world):
+    """Two hundred random losses, shares and ways."""
+    wrong = []
+    for seed in range(200):
+        chosen = random.Random(seed)
+        sizes = tuple(chosen.randrange(10) for _ in range(world))
+        case = chosen.choice(list(group_cases.CASES))
+        distributed.set_gather_limit(chosen.choice([0, 2**32]))
+        if sum(sizes) > 1:
+            wrong += group_cases.compare(case, sizes, torch.float64, dist.group.WORLD, rank, 1e-8)
+    return wrong
 
 
 def in_subgroups(rank, world):
@@ -206,8 +220,9 @@ def test_every_loss_is_that_of_the_whole_batch(world, job):
     assert not wrong, "\n".join(wrong[:20])
 
 
-def test_subgroups_and_dimensions_of_a_mesh():
-    wrong = [line for lines in run(4, in_subgroups) for line in lines]
+@pytest.mark.parametrize(("world", "job"), [(4, in_subgroups), (3, random_shapes)], ids=["subgroups", "random shapes"])
+def test_subgroups_dimensions_of_a_mesh_and_random_shapes(world, job):
+    wrong = [line for lines in run(world, job) for line in lines]
     assert not wrong, "\n".join(wrong[:20])
 
 
