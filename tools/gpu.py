@@ -24,6 +24,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +218,8 @@ def command(asked: list[str], seconds: float, environment: dict[str, str]) -> En
     process = subprocess.Popen(
         asked, cwd=ROOT, env={**environment, "PYTHONUNBUFFERED": "1"}, start_new_session=True, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, errors="replace",
+        # a job in the background (nohup make gpu &) ignores interrupts, and so would its children
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     lines: deque[str] = deque(maxlen=2000)
 
