@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .scores import check
-from .scores.shard import Shard
+from .scores.shard import Shard, own_of
 
 __all__ = ["Group", "group_of", "set_gather_limit", "shard_of"]
 
@@ -171,17 +171,11 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         group, sizes = ctx.place
-        first = sum(sizes[: group.rank])
-        return gradient[first : first + sizes[group.rank]] * group.world, None, None
+        return gradient[own_of(sizes, group.rank)] * group.world, None, None
 
 
-class _Spread(torch.autograd.Function):
+class _Spread(_Gather):
     """All rows; the sum of the gradients that the processes have of them."""
-
-    @staticmethod
-    def forward(ctx: Any, own: Tensor, group: Group, sizes: tuple[int, ...]) -> Tensor:
-        ctx.place = group, sizes
-        return group.collect(own, sizes)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
@@ -195,8 +189,7 @@ class _Own(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, every: Tensor, group: Group, sizes: tuple[int, ...]) -> Tensor:
         ctx.place = group, sizes
-        first = sum(sizes[: group.rank])
-        return every[first : first + sizes[group.rank]].clone()
+        return every[own_of(sizes, group.rank)].clone()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:

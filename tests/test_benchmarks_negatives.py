@@ -44,6 +44,12 @@ def test_targets_are_met_or_missed_as_measured():
     assert negatives.targets(small, "cpu")[0].startswith("MISSED")
 
 
+def test_memory_holds_no_matrix():
+    size = negatives.Size(4096, 64, 8)  # whose matrix would take 67 MB
+    for who in (OURS, DRAWN):
+        assert negatives._peak(who, size, "float32", "cpu") < 16e6
+
+
 def test_the_readme_has_every_saved_result():
     text = readme.README.read_text()
     assert negatives.block() in text

@@ -20,24 +20,28 @@ from ..scores.shard import Shard
 from . import ops
 from .autograd import BIAS, COL_FACTOR, ROW_FACTOR, SCALE, X, Y, gradients
 
-__all__ = ["gradients_of", "select", "states", "sweep"]
+__all__ = ["TEACHER_SCALE", "TEACHER_X", "TEACHER_Y", "gradients_of", "own_rows", "select", "states", "sweep"]
 
 TARGET, ROW_ID, COL_ID, TEACHER_X, TEACHER_Y, TEACHER_SCALE, ROW_LIMIT, COL_LIMIT = 4, 5, 6, 9, 10, 11, 13, 14
 Fields = tuple[Any, ...]
 
 
+def own_rows(problem: Fields, shard: Shard) -> list[Any]:
+    """The fields with the own rows alone; their targets are columns of the whole matrix."""
+    own, rows = shard.own_rows, list(problem)
+    if rows[TARGET] is None:
+        rows[TARGET] = torch.arange(sum(shard.rows), device=problem[X].device)
+    for k in (TARGET, ROW_ID, ROW_FACTOR):
+        rows[k] = None if rows[k] is None else rows[k][own]
+    if rows[ROW_LIMIT] is not None:
+        rows[ROW_LIMIT] = rows[ROW_LIMIT][:, own].contiguous()
+    return rows
+
+
 def turns(problem: Fields, shard: Shard) -> Iterator[tuple[slice, Fields]]:
     """For each shard of the columns, the own first: its place, and the problem of the own rows with it."""
-    own, x = shard.own_rows, problem[X]
-    assert x is not None
-    target = problem[TARGET]
-    mine = torch.arange(own.start, own.stop, device=x.device) if target is None else target[own]
-    rows = list(problem)
-    for k in (ROW_ID, ROW_FACTOR):
-        t = rows[k]
-        rows[k] = None if t is None else t[own]
-    limit = rows[ROW_LIMIT]
-    rows[ROW_LIMIT] = None if limit is None else limit[:, own].contiguous()
+    rows = own_rows(problem, shard)
+    mine = rows[TARGET]
     travelling = [k for k in (Y, TEACHER_Y) if rows[k] is not None]
     held = [_padded(rows[k].detach(), max(shard.cols)) for k in travelling]
     for turn in range(shard.world):

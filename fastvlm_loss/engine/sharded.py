@@ -21,23 +21,12 @@ from .autograd import BIAS, COL_FACTOR, ROW_FACTOR, SCALE, X, Y, _once, gradient
 
 __all__ = ["Sharded", "ShardedTotal", "joined_candidates", "joined_columns", "localised"]
 
-TEACHER_X, TEACHER_Y, TEACHER_SCALE = 9, 10, 11
-ROW_VECTORS, ROW_LIMIT = (4, 5, ROW_FACTOR), 13
-
 
 def localised(problem: tuple[Tensor | None, ...], shard: Shard) -> tuple[Tensor | None, ...]:
     """The own rows of a problem, with the columns of all processes."""
-    own, found = shard.own_rows, list(problem)
-    for k in (Y, TEACHER_Y):
-        t = found[k]
-        found[k] = None if t is None else shard.gather_cols(t.detach())
-    for k in ROW_VECTORS:
-        t = found[k]
-        found[k] = None if t is None else t[own]
-    limit = found[ROW_LIMIT]
-    found[ROW_LIMIT] = None if limit is None else limit[:, own].contiguous()
-    if found[4] is None:  # row i has column i, of the whole matrix
-        found[4] = torch.arange(own.start, own.stop, device=problem[X].device)  # type: ignore[union-attr]
+    found = ring.own_rows(problem, shard)
+    for k in (Y, ring.TEACHER_Y):
+        found[k] = None if found[k] is None else shard.gather_cols(found[k].detach())
     return tuple(found)
 
 
@@ -127,9 +116,9 @@ class Sharded(torch.autograd.Function):
             found = ring.gradients_of(problem, shard, counts, states, here, backend, statistic, needs)
         else:
             found = gradients(local, counts, states, products, here, backend, statistic, needs)
-        for k in (X, SCALE, BIAS, TEACHER_X, TEACHER_SCALE):
+        for k in (X, SCALE, BIAS, ring.TEACHER_X, ring.TEACHER_SCALE):
             found[k] = found[k] * shard.world if needs[k] else None
-        for k in (Y, TEACHER_Y):  # nothing is sent for a frozen tower
+        for k in (Y, ring.TEACHER_Y):  # nothing is sent for a frozen tower
             whole = None if not needs[k] else found[k] * shard.world
             found[k] = whole if whole is None or shard.ring else shard.collectives.scatter(whole, shard.cols)
         if statistic.factor and (needs[ROW_FACTOR] or needs[COL_FACTOR]):

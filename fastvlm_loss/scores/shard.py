@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-__all__ = ["Collectives", "Shard"]
+__all__ = ["Collectives", "Shard", "own_of"]
 
 
 class Collectives(Protocol):
@@ -64,16 +64,16 @@ class Shard:
     @property
     def own_rows(self) -> slice:
         """Of all rows."""
-        return _own(self.rows, self.rank)
+        return own_of(self.rows, self.rank)
 
     @property
     def own_cols(self) -> slice:
         """Of all columns."""
-        return _own(self.cols, self.rank)
+        return own_of(self.cols, self.rank)
 
     def cols_of(self, rank: int) -> slice:
         """A process's, of all columns."""
-        return _own(self.cols, rank)
+        return own_of(self.cols, rank)
 
     def gather_rows(self, own: Tensor) -> Tensor:
         """Something of each row, of all processes."""
@@ -84,6 +84,7 @@ class Shard:
         return self.collectives.gather(own, self.cols)
 
 
-def _own(sizes: tuple[int, ...], rank: int) -> slice:
+def own_of(sizes: tuple[int, ...], rank: int) -> slice:
+    """Where the part of a process lies among those of all."""
     first = sum(sizes[:rank])
     return slice(first, first + sizes[rank])
