@@ -8,11 +8,11 @@ import lzma
 import tarfile
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -23,7 +23,9 @@ from .pairs import Pairs, Splits, split_by_caption
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 IMAGE_COLUMNS = ("image", "path", "filepath", "file", "filename", "image_path")
 CAPTION_COLUMNS = ("caption", "text", "title", "description")
+UNREADABLE = (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError)  # what a broken tar file raises
 _AT_ONCE = 1024  # encoded pictures held in memory while they are decoded
+T = TypeVar("T")
 
 
 class Found(NamedTuple):
@@ -84,7 +86,7 @@ def read(path: str | Path, size: int = 48, max_pixels: int = MAX_PIXELS) -> tupl
 
 def _source(path: Path) -> Iterator[Found]:
     if path.is_dir():
-        return _folder(path)
+        return in_folder(path)
     if not path.is_file():
         raise ValueError(f"data: got {path}, which does not exist; wanted shapes, emoji, a folder, a .csv or a .tar")
     if path.suffix.lower() in (".csv", ".tsv"):
@@ -94,34 +96,44 @@ def _source(path: Path) -> Iterator[Found]:
     raise ValueError(f"data: got the file {path.name}, wanted a folder, a .csv or .tsv table, or a .tar of shards")
 
 
-def _folder(path: Path) -> Iterator[Found]:
+def in_folder(path: Path) -> Iterator[Found]:
+    """The pictures below a folder, by name, with the .txt beside each."""
     for image in sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES):
         text = image.with_suffix(".txt")
         if text.is_file():
             yield Found(image, text.read_text(encoding="utf-8", errors="replace"))
         else:
-            yield Found(None, "", "without a .txt beside it")
+            yield Found(image, "", "without a .txt beside it")
 
 
 def _table(path: Path) -> Iterator[Found]:
+    for file, caption in rows(path):
+        yield Found(file, caption) if file.is_file() else Found(None, "", "with a path that is no file")
+
+
+def rows(
+    path: Path, separator: str | None = None, image_column: str | None = None, caption_column: str | None = None
+) -> Iterator[tuple[Path, str]]:
+    """Path (from the table's folder) and caption of each row; separator and columns are found if not given.
+
+    Raises ValueError for a table without these columns, or that cannot be read.
+    """
     with path.open(encoding="utf-8-sig", errors="replace", newline="") as lines:
         header = lines.readline()
         lines.seek(0)
-        rows = csv.DictReader(lines, delimiter="\t" if "\t" in header else ",")
-        names = {(name or "").strip().lower(): name for name in rows.fieldnames or ()}
-        image = next((names[c] for c in IMAGE_COLUMNS if c in names), None)
-        caption = next((names[c] for c in CAPTION_COLUMNS if c in names), None)
+        found = csv.DictReader(lines, delimiter=separator or ("\t" if "\t" in header else ","))
+        names = {(name or "").strip().lower(): name for name in found.fieldnames or ()}
+        images = (image_column.lower(),) if image_column else IMAGE_COLUMNS
+        captions = (caption_column.lower(),) if caption_column else CAPTION_COLUMNS
+        image = next((names[c] for c in images if c in names), None)
+        caption = next((names[c] for c in captions if c in names), None)
         if image is None or caption is None:
             raise ValueError(
-                f"data: got {path.name} with the columns {list(names)}, wanted one of {', '.join(IMAGE_COLUMNS)} "
-                f"and one of {', '.join(CAPTION_COLUMNS)}"
+                f"data: got {path.name} with the columns {list(names)}, wanted one of {', '.join(images)} "
+                f"and one of {', '.join(captions)}"
             )
-        for row in _readable(rows, path):
-            file = path.parent / (row[image] or "").strip()
-            if file.is_file():
-                yield Found(file, row[caption] or "")
-            else:
-                yield Found(None, "", "with a path that is no file")
+        for row in _readable(found, path):
+            yield path.parent / (row[image] or "").strip(), row[caption] or ""
 
 
 def _readable(rows: Iterable[dict[str, str]], path: Path) -> Iterator[dict[str, str]]:
@@ -132,40 +144,59 @@ def _readable(rows: Iterable[dict[str, str]], path: Path) -> Iterator[dict[str, 
 
 
 def _shards(path: Path) -> Iterator[Found]:
-    """Members of one sample stand together and share the name up to the first dot of the file name (webdataset)."""
-    key, image, caption = "", None, ""
     try:
         with tarfile.open(path) as tar:
-            for member in tar:
-                if not member.isfile():
-                    continue
-                folder, _, name = member.name.rpartition("/")
-                stem, _, suffix = name.partition(".")
-                if f"{folder}/{stem}" != key:
-                    if key:
-                        yield _sample(image, caption)
-                    key, image, caption = f"{folder}/{stem}", None, ""
-                content = tar.extractfile(member)
-                if content is None:
-                    continue
-                if f".{suffix.lower()}" in IMAGE_SUFFIXES:
-                    image = content.read()
-                elif suffix.lower() == "txt":
-                    caption = content.read().decode("utf-8", "replace")
-                elif suffix.lower() == "json" and not caption:
-                    caption = _caption_in(content.read())
-        if key:
-            yield _sample(image, caption)
-    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"data: got {path.name}, which is no readable tar file ({reason})") from error
+
+            def read(member: tarfile.TarInfo, suffix: str) -> bytes:
+                file = tar.extractfile(member) if _is_image(suffix) or suffix in ("txt", "json") else None
+                return file.read() if file else b""
+
+            for _, found in grouped(tar, read):
+                image = next((content for suffix, content in found.items() if _is_image(suffix)), None)
+                text = found.get("txt", b"").decode("utf-8", "replace")
+                yield _sample(image, text or caption_in(found.get("json", b"")))
+    except UNREADABLE as error:
+        raise ValueError(f"data: got {path.name}, which is no readable tar file ({first_line(error)})") from error
+
+
+def grouped(
+    tar: tarfile.TarFile, take: Callable[[tarfile.TarInfo, str], T]
+) -> Iterator[tuple[str, dict[str, T]]]:  # fmt: skip
+    """Key of each sample, and what ``take`` makes of its members (as they pass by) by their lower-case suffixes.
+
+    Members of one sample stand together and share the name up to the first dot of the file name (webdataset).
+    """
+    key: str | None = None
+    found: dict[str, T] = {}
+    for member in tar:
+        if not member.isfile():
+            continue
+        folder, _, name = member.name.rpartition("/")
+        stem, _, suffix = name.partition(".")
+        if f"{folder}/{stem}" != key:
+            if key is not None:
+                yield key, found
+            key, found = f"{folder}/{stem}", {}
+        found[suffix.lower()] = take(member, suffix.lower())
+    if key is not None:
+        yield key, found
+
+
+def _is_image(suffix: str) -> bool:
+    return f".{suffix}" in IMAGE_SUFFIXES
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in a line."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _sample(image: bytes | None, caption: str) -> Found:
     return Found(image, caption, None if image is not None else "without a picture")
 
 
-def _caption_in(document: bytes) -> str:
+def caption_in(document: bytes) -> str:
+    """The caption in a JSON document, or nothing."""
     try:
         fields = json.loads(document)
     except ValueError:

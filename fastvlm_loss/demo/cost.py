@@ -20,6 +20,7 @@ from .training import contrast
 SIZES = (256, 1024, 4096, 8192)
 DIM = 128
 LOSSES = ("fastvlm", "dense")
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # gives every freed block back
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,8 @@ def _peak_cuda(loss: str, sizes: tuple[int, ...], dim: int) -> list[float]:
 def _peak_cpu(loss: str, sizes: tuple[int, ...], dim: int) -> list[float]:
     """In a process of its own, with an allocator that gives every freed block back, so that a peak is a peak."""
     work = json.dumps({"loss": loss, "sizes": sizes, "dim": dim, "threads": torch.get_num_threads()})
-    allocator = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     command = [sys.executable, "-m", __name__, work]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **allocator})
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **ALLOCATOR})
     megabytes: list[float] = json.loads(done.stdout)
     return megabytes
 
@@ -103,20 +103,20 @@ def _child(work: str) -> list[float]:
     found = []
     for size in asked["sizes"]:
         inputs = _inputs(size, asked["dim"], cpu)
-        _restart_peak()
-        before = _peak()
+        restart_peak()
+        before = peak_megabytes()
         _step(asked["loss"], inputs)
-        found.append(_peak() - before)
+        found.append(peak_megabytes() - before)
     return found
 
 
-def _restart_peak() -> None:
+def restart_peak() -> None:
     """Let Linux count the peak anew; elsewhere it only grows, which is why sizes are measured in rising order."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def _peak() -> float:
+def peak_megabytes() -> float:
     """Highest resident size of this process in MB."""
     status = Path("/proc/self/status")
     if status.exists():  # Linux, where getrusage would start with the parent's peak

@@ -1,0 +1,1 @@
+"""The reference trainer: image-text pre-training with this library's losses."""

@@ -1,0 +1,79 @@
+"""The parts of a run from its configuration, and what a stage trains of the model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .config import Config
+from .masking import Masker
+from .model import VLPretrainModel
+from .momentum import Teacher
+from .stages import Stage
+from .step import number
+from .text import Tokenizer
+from .world import World
+
+__all__ = ["masker_of", "model_of", "precision_of", "teacher_of"]
+
+_LOG_SCALE = {"siglip_loss": 2.302585}  # ln 10, as published; the model's own is ln(1 / 0.07)
+
+
+def precision_of(config: Config, world: World) -> str:
+    """`auto` as what it stands for here; what does not go together is an error.
+
+    Raises:
+        ValueError: a scaler beside bf16 or fp32, fp16 beside shards, or a batch that the processes cannot share.
+    """
+    kind = config.precision
+    if kind == "auto":  # bf16, but not where it is an emulation
+        fast = world.device.type != "cpu" or torch.backends.cpu.get_cpu_capability().startswith(("AVX512", "SVE"))
+        kind = "bf16" if fast else "fp32"
+    if config.grad_scaler and kind != "fp16":
+        raise ValueError(f"grad_scaler: got true beside precision={kind}, wanted false: only fp16 needs one")
+    if kind == "fp16" and config.grad_scaler is False:
+        raise ValueError("grad_scaler: got false beside precision=fp16, wanted true: its gradients would vanish")
+    if kind == "fp16" and config.strategy != "ddp" and world.size > 1:
+        raise ValueError(f"precision: got fp16 beside strategy={config.strategy}, wanted bf16 or fp32")
+    if config.batch_size % world.size:
+        raise ValueError(f"batch_size: got {config.batch_size} for {world.size} processes, wanted a multiple of them")
+    return kind
+
+
+def model_of(config: Config, tokenizer: Tokenizer, checkpoint: Path | None) -> VLPretrainModel:
+    """A fresh model, the same in every process, or a checkpoint's."""
+    if checkpoint is not None:
+        model = VLPretrainModel.load(checkpoint)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(number(config.seed, 0, 0, "weights"))
+            model = VLPretrainModel.from_pretrained(config.model, tokenizer)
+        start = config.itc.log_scale if config.itc.log_scale is not None else _LOG_SCALE.get(config.itc.loss)
+        if start is not None:
+            nn.init.constant_(model.log_scale, start)
+    model.prepare(checkpointing=config.checkpointing, compile=config.compile)
+    return model
+
+
+def teacher_of(config: Config, model: VLPretrainModel, world: World) -> Teacher | None:
+    """The momentum model, if the run has one."""
+    if not config.momentum.enabled:
+        return None
+    if config.strategy != "ddp" and world.size > 1:
+        raise ValueError(f"momentum.enabled: got true beside strategy={config.strategy}, wanted ddp")
+    return Teacher(config.momentum, copy.deepcopy(model), config.model.embed_dim, config.steps, world.device)
+
+
+def masker_of(config: Config, tokenizer: Tokenizer, stages: Sequence[Stage]) -> Masker | None:
+    """For masked words, if a stage has them."""
+    if not any("mlm" in stage.tasks for stage in stages):
+        return None
+    chosen = config.mlm
+    return Masker(
+        chosen.strategy, tokenizer, seed=config.seed, probability=chosen.probability, whole_word=chosen.whole_word,
+        temperature=chosen.temperature, decay=chosen.decay,
+    )  # fmt: skip

@@ -1,0 +1,43 @@
+"""What a stage trains of the model: the groups that it names, as far as its objectives reach them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from torch import nn
+
+from .model import VLPretrainModel
+from .stages import Stage
+
+__all__ = ["freeze", "learners", "parameters_of"]
+
+_FUSED = ("itm", "mlm", "caption", "vqa")
+_WORDS = ("mlm", "caption", "vqa")
+
+
+def learners(model: VLPretrainModel, stage: Stage, only: Collection[str] | None = None) -> set[nn.Parameter]:
+    """The parameters that a stage trains: those of its groups that its objectives, or `only` these, reach."""
+    groups, tasks = model.groups(), set(stage.tasks if only is None else only)
+    idle = set() if tasks & set(_FUSED) else {"fusion", "heads"}
+    found = {p for name in stage.train if name not in idle for part in groups[name] for p in parameters_of(part)}
+    for head, users in (("match", ("itm",)), ("words", _WORDS)):
+        if not tasks & set(users):
+            found -= set(model.heads[head].parameters())
+    return found - model.fixed()
+
+
+def freeze(model: VLPretrainModel, stage: Stage) -> None:
+    """Let learn what the stage trains; the rest has no gradient, and frozen groups are in evaluation mode."""
+    learning = learners(model, stage)
+    for p in model.parameters():
+        p.requires_grad_(p in learning)
+    model.train()
+    for name, parts in model.groups().items():
+        for part in parts:
+            if name not in stage.train and isinstance(part, nn.Module):
+                part.eval()
+
+
+def parameters_of(part: nn.Module | nn.Parameter) -> list[nn.Parameter]:
+    """Of a module, or the parameter itself."""
+    return [*part.parameters()] if isinstance(part, nn.Module) else [part]
