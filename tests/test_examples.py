@@ -69,3 +69,27 @@ def test_the_distributed_step_is_that_of_one_process_and_learns():
     said, *steps = done.stdout.splitlines()
     losses = [float(line.rpartition(" ")[2]) for line in steps]
     assert said == "loss and gradients are those of one process" and losses[-1] < 0.1 * losses[0]
+
+
+def test_accelerate_trains_and_gradient_caching_is_the_batch_where_accumulation_is_not():
+    losses = [float(line.rpartition(" ")[2]) for line in run("with_accelerate.py", "--cpu", "--steps", "21")]
+    assert len(losses) == 3 and losses[-1] < 0.1 * losses[0]
+    cached, accumulated = (float(line.split(": ")[1].split()[0]) for line in run("with_accelerate.py", "--check"))
+    assert cached < 1e-5 and accumulated > 0.1
+
+
+def test_the_hf_trainer_trains_with_the_step_of_a_whole_batch():
+    *_, losses, right = run("with_hf_trainer.py", "--cpu", "--steps", "60", "--micro-batch", "16")
+    losses = [float(loss) for loss in losses.partition(": ")[2].split()]
+    before, after = (int(share) for share in re.findall(r"(\d+)% (?:before|after)", right))
+    assert len(losses) == 6 and losses[-1] < 0.1 * losses[0] and before < 5 and after > 90
+
+
+@pytest.mark.parametrize(
+    "options", [[], ["--micro-batch", "8", "--devices", "2"]], ids=["one process", "two, micro-batches"]
+)
+def test_lightning_gives_the_curve_of_a_plain_loop_in_one_process(options):
+    *steps, apart = run("with_lightning.py", "--cpu", "--check", "--steps", "31", *options)
+    losses = [float(line.rpartition(" ")[2]) for line in steps if line.startswith("step")]
+    assert len(losses) == 4 and losses[-1] < 0.1 * losses[0]
+    assert float(apart.rpartition(": ")[2]) < 1e-5
