@@ -8,10 +8,11 @@ takes, is then the gradient of one process with the whole batch.
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,13 +21,14 @@ from torch import Tensor
 from .scores import check
 from .scores.shard import Shard, own_of
 
-__all__ = ["Group", "group_of", "set_gather_limit", "shard_of"]
+__all__ = ["Group", "eager_in_group", "gathered", "group_of", "set_gather_limit", "shard_of"]
 
 # the names before torch 2.14
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
-
+P = ParamSpec("P")
+R = TypeVar("R")
 _gathered = 2**32
 
 
@@ -42,6 +44,25 @@ def set_gather_limit(size: int) -> None:
     """
     global _gathered
     _gathered = check.whole("size", size, low=0)
+
+
+def eager_in_group(function: Callable[P, R]) -> Callable[P, R]:
+    """A function with `group=`: beside a group it runs as written, and torch.compile compiles what is around it.
+
+    The sizes of the other processes' shares are not known to a compiler, and what is sent is not to be rearranged.
+    """
+    why = "a loss with group= is not compiled: fullgraph=False compiles what is around it"
+    eager: list[Callable[P, R]] = []  # made when it is needed, since it imports the whole compiler
+
+    @functools.wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        if kwargs.get("group") is None:
+            return function(*args, **kwargs)
+        if not eager:
+            eager.append(torch.compiler.disable(function, reason=why))
+        return eager[0](*args, **kwargs)
+
+    return called
 
 
 def group_of(group: object) -> Group:
@@ -62,6 +83,20 @@ def group_of(group: object) -> Group:
     return Group(group, dist.get_rank(group), dist.get_world_size(group))
 
 
+def gathered(own: Tensor, group: object) -> Tensor:
+    """The rows `[N, ...]` of all processes of a group, from the own ones `[n, ...]`, in the order of their ranks.
+
+    For what the group's indices point into, such as the inputs of a fusion encoder for the pairs of `itm_batch`. All
+    other rows are sent here; gradients go back to their owners, summed, by the convention of the losses.
+
+    Raises:
+        TypeError, ValueError: not a group, or the processes' tensors do not fit together.
+    """
+    flat = own.flatten(1) if own.dim() > 1 else own[:, None]
+    shard = shard_of(group, flat, flat, "gathered", own.shape[1:])
+    return shard.collectives.spread(own, shard.rows)
+
+
 def shard_of(group: object, x: Tensor, y: Tensor, *same: object) -> Shard:
     """The place of this process's features in the group's; `same` is what must agree between the processes.
 
@@ -71,7 +106,7 @@ def shard_of(group: object, x: Tensor, y: Tensor, *same: object) -> Shard:
         ValueError: the processes disagree in D, dtype or options.
     """
     found = group_of(group)
-    agreed = zlib.crc32(repr((x.dtype, x.shape[1], same)).encode())
+    agreed = zlib.crc32(repr((x.dtype, x.shape[1], same, _gathered)).encode())
     mine = torch.tensor([x.shape[0], y.shape[0], x.shape[1], agreed], device=x.device)
     every = torch.empty(found.world * 4, dtype=torch.int64, device=x.device)
     _all_gather(every, mine, group=found.group)
@@ -106,12 +141,14 @@ class Group:
 
     def scatter(self, partial: Tensor, sizes: tuple[int, ...]) -> Tensor:
         """As of `Collectives`; no gradient."""
-        most = max(sizes)
-        padded = partial.new_zeros((self.world, most, *partial.shape[1:]))
-        for rank, part in enumerate(partial.split(sizes)):
-            padded[rank, : sizes[rank]] = part
+        most, padded = max(sizes), partial.contiguous()
+        if any(size < most for size in sizes):
+            padded = partial.new_zeros((self.world, most, *partial.shape[1:]))
+            for rank, part in enumerate(partial.split(sizes)):
+                padded[rank, : sizes[rank]] = part
+            padded = padded.flatten(0, 1)
         own = partial.new_empty((most, *partial.shape[1:]))
-        _reduce_scatter(own, padded.flatten(0, 1), group=self.group)
+        _reduce_scatter(own, padded, group=self.group)
         return own[: sizes[self.rank]]
 
     def exchange(self, parts: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -103,6 +104,9 @@ def cached_step(
         for tower in towers:
             if tower.wanted:
                 tower.second([m for m in last if last[m] is tower], [m for m in last if last[m] is not tower])
+    for m in called:
+        if m not in last:
+            _reduce(m)
     return value
 
 
@@ -287,6 +291,15 @@ def _quiet(modules: Iterable[nn.Module]) -> Iterator[None]:
             if isinstance(m, DistributedDataParallel):
                 stack.enter_context(m.no_sync())
         yield
+
+
+def _reduce(module: DistributedDataParallel) -> None:
+    """Average the gradients of a module that no encoder's backward reaches, only the loss's, which was quiet."""
+    if module.require_backward_grad_sync:
+        for p in module.parameters():
+            if p.grad is not None:
+                dist.all_reduce(p.grad, group=module.process_group)
+                p.grad /= dist.get_world_size(module.process_group)
 
 
 def _waiting(module: nn.Module) -> list[Tensor]:

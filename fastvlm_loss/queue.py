@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .distributed import eager_in_group, shard_of
 from .scores import check
+from .scores.shard import own_of
 
 __all__ = ["FeatureQueue"]
 
@@ -24,6 +26,12 @@ class FeatureQueue(torch.nn.Module):
 
     and with images likewise, `directions="text"`, the queue's images having the label -1 (`labels` does that). Slots
     that are not filled, or too old, have the id -1 and are no candidates. Features in the queue have no gradient.
+
+    In a group of processes each has the whole queue, and all push alike, with `group=`: what is pushed is the batch of
+    all. To a loss with `group=` each process brings its own samples and an equal part of the slots: by
+    `text_queue.extend(text_features, ids, group=group)` with the labels `text_queue.places(len(text_features),
+    group=group)`, by `image_queue.labels(len(image_features), group=group)` for the other direction, and by
+    `own_ids(len(image_features), group=group)` where there are no ids.
 
     Args:
         size: slots.
@@ -72,10 +80,12 @@ class FeatureQueue(torch.nn.Module):
         empty = None if payload is None else torch.zeros((size, *payload[0]), dtype=payload[1], device=device)
         self.register_buffer("payload", empty)
 
+    @eager_in_group
     @torch.no_grad()
     def push(
-        self, features: Tensor, ids: Tensor | None = None, step: int | Tensor = 0, payload: Tensor | None = None
-    ) -> None:
+        self, features: Tensor, ids: Tensor | None = None, step: int | Tensor = 0, payload: Tensor | None = None, *,
+        group: object = None,
+    ) -> None:  # fmt: skip
         """Store a batch of any size; of one larger than the queue its last features stay.
 
         Args:
@@ -83,6 +93,8 @@ class FeatureQueue(torch.nn.Module):
             ids: int `[B]`, or None for features that equal nobody's; -1 stores an entry that is no candidate.
             step: when they were made, for `max_age`.
             payload: `[B, ...]` of the shape and dtype that the queue was made for, detached here.
+            group: None, or a process group or `DeviceMesh` dimension, as of the losses: what all its processes give is
+                stored, in the order of their ranks, in each.
         """
         x = check.features("features", features)
         if x.shape[1] != self.dim:
@@ -90,8 +102,7 @@ class FeatureQueue(torch.nn.Module):
         if x.device != self.features.device:
             raise ValueError(f"features: got a tensor on {x.device}, wanted {self.features.device}")
         count = x.shape[0]
-        own = OWN - 1 - self.pushed - torch.arange(count, device=x.device)
-        new = own if ids is None else check.integers("ids", ids, count, x)
+        new = None if ids is None else check.integers("ids", ids, count, x)
         if not isinstance(step, Tensor):
             check.whole("step", step)
         if self.payload is None and payload is not None:
@@ -101,9 +112,17 @@ class FeatureQueue(torch.nn.Module):
             if payload is None or payload.shape != wanted or payload.dtype != self.payload.dtype:
                 got = "None" if payload is None else f"{payload.dtype} {list(payload.shape)}"
                 raise ValueError(f"payload: got {got}, wanted {self.payload.dtype} {list(wanted)}")
+        x = x.to(self.features.dtype)
+        if group is not None:
+            shard = shard_of(group, x, x, "push", self.size, ids is None, payload is None)
+            x, count = shard.gather_rows(x), sum(shard.rows)
+            new = None if new is None else shard.gather_rows(new)
+            payload = None if payload is None else shard.gather_rows(payload)
+        if new is None:
+            new = OWN - 1 - self.pushed - torch.arange(count, device=x.device)
         stay = min(count, self.size)
         slot = (self.cursor + count - stay + torch.arange(stay, device=x.device)) % self.size
-        self.features[slot] = x[count - stay :].to(self.features.dtype)
+        self.features[slot] = x[count - stay :]
         self.ids[slot] = new[count - stay :]
         if self.payload is not None and payload is not None:
             self.payload[slot] = payload[count - stay :].detach()
@@ -121,8 +140,9 @@ class FeatureQueue(torch.nn.Module):
             return self.ids.masked_fill(out | (step < self.start_step), -1)
         return torch.full_like(self.ids, -1) if step < self.start_step else self.ids.masked_fill(out, -1)
 
+    @eager_in_group
     def extend(
-        self, features: Tensor, ids: Tensor | None = None, step: int | Tensor | None = None
+        self, features: Tensor, ids: Tensor | None = None, step: int | Tensor | None = None, *, group: object = None
     ) -> tuple[Tensor, Tensor]:
         """The batch's features and ids, and behind them the queue's: `[B + size, D]` and `[B + size]`.
 
@@ -131,16 +151,26 @@ class FeatureQueue(torch.nn.Module):
             ids: int `[B]`; None gives each one that equals nobody's. Use the same for the other side's anchors: what
                 equals an anchor's id is no negative of it.
             step: the current one, for `max_age`.
+            group: None, or a group: instead of the whole queue an equal part of its slots, which those of the other
+                processes complete.
         """
         x = check.features("features", features)
         if x.shape[1] != self.dim:
             raise ValueError(f"features: got {list(x.shape)}, wanted [B, {self.dim}]")
-        own = self.own_ids(x.shape[0]) if ids is None else check.integers("ids", ids, x.shape[0], x)
-        return torch.cat([x, self.features.to(x.dtype)]), torch.cat([own, self.valid_ids(step)])
+        part, first = self._part(x.shape[0], group, ids is None)
+        own = self.own_ids(x.shape[0]) + first if ids is None else check.integers("ids", ids, x.shape[0], x)
+        return torch.cat([x, self.features[part].to(x.dtype)]), torch.cat([own, self.valid_ids(step)[part]])
 
-    def own_ids(self, count: int) -> Tensor:
+    @eager_in_group
+    def own_ids(self, count: int, *, group: object = None) -> Tensor:
         """Ids `[count]` for a batch without any: they equal nobody's, as long as they are not pushed themselves."""
-        return OWN + 1 + torch.arange(count, device=self.ids.device)
+        return torch.arange(count, device=self.ids.device) + (OWN + 1 + self._part(count, group)[1])
+
+    @eager_in_group
+    def places(self, count: int, *, group: object = None) -> Tensor:
+        """Where `[count]` the batch of `extend` stands: labels of images whose texts it is."""
+        part, first = self._part(count, group)
+        return torch.arange(count, device=self.ids.device).add(first + part.start)
 
     def gather(self, values: Tensor, index: Tensor) -> Tensor:
         """What the indices of `hard_negatives(..., queue=self)` stand for: of the batch, and behind it of the queue.
@@ -167,9 +197,21 @@ class FeatureQueue(torch.nn.Module):
         of_batch = (index < count).reshape(index.shape + (1,) * (values.dim() - 1))
         return torch.where(of_batch, own, past)
 
-    def labels(self, count: int) -> Tensor:
-        """Labels `[count + size]` of `count` images in front of the queue's, which have none."""
-        return torch.cat([torch.arange(count, device=self.ids.device), torch.full_like(self.ids, -1)])
+    @eager_in_group
+    def labels(self, count: int, *, group: object = None) -> Tensor:
+        """Labels `[count + size]` of `count` images in front of the queue's, which have none (as `extend` has them)."""
+        part, first = self._part(count, group)
+        own = torch.arange(count, device=self.ids.device) + first
+        return torch.cat([own, torch.full_like(self.ids[part], -1)])
+
+    def _part(self, count: int, group: object, *same: object) -> tuple[slice, int]:
+        """The slots that this process brings, and how many samples the processes before it have; all, and 0, alone."""
+        if group is None:
+            return slice(0, self.size), 0
+        batch = self.features.new_empty(count, 0)
+        shard = shard_of(group, batch, batch, "queue", self.size, same)
+        sizes = tuple(self.size // shard.world + (r < self.size % shard.world) for r in range(shard.world))
+        return own_of(sizes, shard.rank), shard.own_rows.start
 
     def __len__(self) -> int:
         """How many slots are filled (reads the buffer: synchronises on a GPU)."""

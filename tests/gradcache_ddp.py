@@ -282,7 +282,37 @@ def errors(rank):
             raise AssertionError(f"wanted an error: {message}")
 
 
+class Fused(nn.Module):
+    """A tower that is frozen, and what the loss itself calls and trains."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.tower, self.fuse = nn.Linear(4, 4).requires_grad_(False), nn.Linear(4, 1)
+
+    def forward(self, part, x):
+        return self.tower(x) if part == "tower" else self.fuse(x)
+
+
+def what_only_the_loss_trains_is_reduced_too(rank):
+    x, model = torch.randn(6, 4, generator=torch.Generator().manual_seed(rank)), DistributedDataParallel(Fused())
+    found = []
+    for micro_batch in (None, 2):
+        model.zero_grad()
+        encode = lambda part: model("tower", part)  # noqa: E731
+        cached_step(
+            encode, encode, x, x, lambda a, b: model("fuse", a + b).square().mean(), micro_batch=micro_batch,
+            modules=[model],
+        )  # fmt: skip
+        found.append(model.module.fuse.weight.grad.clone())
+    torch.testing.assert_close(found[1], found[0])
+    alike = [torch.empty_like(found[1]) for _ in range(WORLD)]
+    dist.all_gather(alike, found[1])
+    assert torch.equal(*alike), "the ranks part ways"
+
+
 CASES = [
+    what_only_the_loss_trains_is_reduced_too,
     two_modules, one_module, one_module_that_looks_for_unused_parameters, one_module_with_gradients_in_the_buckets,
     a_loss_that_is_a_forward_of_the_module, a_side_that_the_loss_ignores, a_frozen_side,
     a_parameter_that_the_last_micro_batch_does_not_use, accumulation, a_module_that_only_the_loss_calls,

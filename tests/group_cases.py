@@ -38,12 +38,17 @@ def whole_batch(m, dtype):
         "teacher_image_features": unit(m, 6, 6, dtype), "teacher_text_features": unit(m, 6, 7, dtype),
         "text_embeddings": unit(m, 6, 8, dtype),
         "guide_image": unit(m, 6, 10, dtype), "guide_text": unit(m, 6, 11, dtype),
+        "image_tokens": unit(m * 4, D, 12, dtype).view(m, 4, D), "text_tokens": unit(m * 3, D, 13, dtype).view(m, 3, D),
+        "image_mask": torch.arange(4) < torch.randint(5, (m, 1), generator=g),
+        "text_mask": torch.arange(3) < torch.randint(4, (m, 1), generator=g),
+        "token_relevance": vector(m * 4, 14, torch.float64).view(m, 4),
+        "relevant": torch.randint(-1, m, (m, 3), generator=g), "relevance": vector(m * 3, 15, torch.float64).view(m, 3),
     }  # fmt: skip
 
 
 LEARNED = (
     "image_features", "text_features", "image_weights", "text_weights", "image_relevance", "text_relevance",
-    "teacher_image_features", "teacher_text_features",
+    "teacher_image_features", "teacher_text_features", "image_tokens", "text_tokens", "token_relevance",
 )  # fmt: skip
 # loss, what it takes of the batch, its other options
 CASES = {
@@ -60,12 +65,28 @@ CASES = {
     "clip guided": ("clip_loss", ("image_ids", "guide_image", "guide_text"), {}),
     "siglip": ("siglip_loss", (), {}),
     "siglip ids": ("siglip_loss", ("image_ids",), {}),
-    "siglip summed": ("siglip_loss", (), {"reduction": "sum"}),
+    "siglip summed": ("siglip_loss", ("text_weights",), {"reduction": "sum"}),
+    "siglip weighted": ("siglip_loss", ("image_weights", "text_weights", "image_ids", "text_ids"), {}),
     "relevance": ("relevance_clip_loss", ("image_relevance", "text_relevance"), {}),
     "relevance of logits": (
         "relevance_clip_loss", ("image_relevance", "text_relevance"), {"mode": "logit", "relevance_grad": True}
     ),
     "relevance of rows": ("relevance_clip_loss", ("image_relevance",), {"mode": "logit", "scope": "row"}),
+    "relevance shared": ("relevance_clip_loss", ("image_relevance",), {"mode": "logit", "scope": "shared"}),
+    "relevance shared, learned": (
+        "relevance_clip_loss", ("image_relevance", "image_ids"),
+        {"mode": "logit", "scope": "shared", "relevance_grad": True},
+    ),
+    "late interaction": ("late_interaction_loss", (), {}),
+    "late interaction, masked": (
+        "late_interaction_loss", ("image_mask", "text_mask", "token_relevance", "image_weights"),
+        {"label_smoothing": 0.1, "interaction": "colbert"},
+    ),
+    "late interaction, ids": ("late_interaction_loss", ("image_ids", "text_ids", "text_mask"), {"positives": "out"}),
+    "late interaction, texts": ("late_interaction_loss", ("labels",), {"directions": "text", "normalize": True}),
+    "graded": ("graded_clip_loss", ("relevant", "relevance"), {}),
+    "graded, weighted": ("graded_clip_loss", ("relevant", "relevance", "image_weights", "text_weights"), {}),
+    "graded, texts": ("graded_clip_loss", ("relevant", "relevance"), {"directions": "text", "normalize": True}),
     "soft target": ("soft_target_clip_loss", ("teacher_image_features", "teacher_text_features"), {"alpha": 0.4}),
     "soft target, learned teacher": (
         "soft_target_clip_loss", ("teacher_image_features", "teacher_text_features", "image_ids"),
@@ -84,17 +105,21 @@ CASES = {
 def evaluate(case, given, group=None):
     """Loss and gradients by name."""
     name, takes, options = CASES[case]
-    tensors = {k: given[k] for k in ("image_features", "text_features", *takes)}
+    sides = ("image_tokens", "text_tokens") if name.startswith("late") else ("image_features", "text_features")
+    tensors = {k: given[k] for k in (*sides, *takes)}
     options = dict(options)
     if "guide_image" in tensors:
         options["filters"] = filters.guide(tensors.pop("guide_image"), tensors.pop("guide_text"))
     learned = {k: v.clone().requires_grad_() for k, v in tensors.items() if k in LEARNED and not _frozen(case, k)}
     tensors |= learned
+    if "token_relevance" in tensors:
+        tensors["image_relevance"] = tensors.pop("token_relevance")
     dtype = torch.float64 if given["image_features"].dtype == torch.float64 else torch.float32
     if name != "triplet_loss":
         scale, bias = (torch.full((), v, dtype=dtype, requires_grad=True) for v in (9.0, -1.0))
-        tensors |= {"logit_scale": scale, "logit_bias": bias}
-        learned |= {"logit_scale": scale, "logit_bias": bias}
+        scores = {"logit_scale": scale} | ({} if name == "graded_clip_loss" else {"logit_bias": bias})
+        tensors |= scores
+        learned |= scores
     loss = getattr(fastvlm_loss, name)(**tensors, **options, group=group)
     return {
         "loss": loss.detach(),
@@ -104,9 +129,9 @@ def evaluate(case, given, group=None):
 
 def _frozen(case, k):
     options = CASES[case][2]
-    if "relevance" in k:
+    if k in ("image_relevance", "text_relevance"):
         return not options.get("relevance_grad")
-    return ("teacher" in k and not options.get("teacher_grad")) or (case.startswith("siglip") and "weights" in k)
+    return "teacher" in k and not options.get("teacher_grad")
 
 
 def own(batch, sizes, rank):

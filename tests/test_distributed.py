@@ -17,6 +17,7 @@ from fastvlm_loss import (
     distributed,
     filters,
     hard_negatives,
+    late_interaction_loss,
     linear_cross_entropy,
     vqa_loss,
 )
@@ -31,7 +32,7 @@ def run(world, job):
         port = probe.getsockname()[1]
     with mp.Manager() as manager:
         results = manager.dict()
-        mp.spawn(group_cases.main, (world, port, job, results), nprocs=world)
+        mp.start_processes(group_cases.main, (world, port, job, results), nprocs=world, start_method="fork")
         return [results[rank] for rank in range(world)]
 
 
@@ -106,11 +107,12 @@ def picked(rank, world):
             clip_loss(*(mine[k] for k in both), 9.0, **ours, **rule, negatives=beside, group=group)
             assert torch.equal(beside.found.text_index, got.text_index)
             assert torch.equal(beside.found.image_index, got.image_index)
-    told, whole = BatchMetrics(), BatchMetrics()
-    clip_loss(*(mine[k] for k in both), 9.0, metrics=told, group=group)
-    clip_loss(*(batch[k] for k in both), 9.0, metrics=whole)
-    for name, value in vars(whole).items():
-        torch.testing.assert_close(getattr(told, name), value, atol=1e-5, rtol=1e-5)
+    for loss, pair in ((clip_loss, both), (late_interaction_loss, ("image_tokens", "text_tokens"))):
+        told, whole = BatchMetrics(), BatchMetrics()
+        loss(*(mine[k] for k in pair), 9.0, metrics=told, group=group)
+        loss(*(batch[k] for k in pair), 9.0, metrics=whole)
+        for name, value in vars(whole).items():
+            torch.testing.assert_close(getattr(told, name), value, atol=1e-5, rtol=1e-5)
     x, every = mine["image_features"].clone().requires_grad_(), batch["image_features"].clone().requires_grad_()
     losses = clip_loss(x, mine["text_features"], 9.0, reduction="none", group=group)
     wanted = clip_loss(every, batch["text_features"], 9.0, reduction="none")
@@ -171,6 +173,13 @@ def volume(rank, world):
 
     for name in ("_all_gather", "_reduce_scatter"):
         setattr(distributed, name, counted(name[1:], getattr(distributed, name)))
+    passed = distributed.Group.pass_on
+
+    def passing(group, tensors):
+        got["ring"] = got.get("ring", 0) + sum(t.numel() * t.element_size() for t in tensors)
+        return passed(group, tensors)
+
+    distributed.Group.pass_on = passing
     exchange = dist.all_to_all_single
     dist.all_to_all_single = counted("all_to_all", exchange)
     try:
@@ -187,6 +196,12 @@ def volume(rank, world):
         got.clear()
         clip_loss(x, frozen, 9.0, group=dist.group.WORLD).backward()
         assert "reduce_scatter" not in got
+        got.clear()
+        distributed.set_gather_limit(0)
+        loss = clip_loss(x, y, 9.0, group=dist.group.WORLD)
+        assert got["ring"] == others * 2 * d and got["all_gather"] == agreement + others * 2 * states, got
+        loss.backward()
+        assert got["ring"] == 2 * others * 2 * d + n * world * d * 4 and "reduce_scatter" not in got, got
     finally:
         dist.all_to_all_single = exchange
     return []
@@ -202,6 +217,12 @@ def refusals(rank, world):
         ),
         (lambda: clip_loss(x, x, 1.0, **({"image_ids": torch.arange(4)} if rank else {}), group=group), "options that"),
         (lambda: clip_loss(x, x[: 4 - rank], 1.0, group=group), "labels: got None"),
+        (lambda: clip_loss(x, x, 1.0, normalize=rank == 0, group=group), "options that differ"),
+        (lambda: clip_loss(x, x, 1.0, metrics=None if rank else BatchMetrics(), group=group), "options that differ"),
+        (
+            lambda: late_interaction_loss(x[:, None], x[:, None].repeat(1, 1 + rank, 1), 1.0, group=group),
+            "options that differ",
+        ),
     ):
         try:
             ours()

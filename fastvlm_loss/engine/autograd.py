@@ -14,8 +14,12 @@ from torch import Tensor
 from ..scores.problem import FIELDS, Problem
 from ..scores.statistics import decode
 from . import ops
+from .function import once
+from .weights import SUMS
 
-__all__ = ["BIAS", "COL_FACTOR", "ROW_FACTOR", "SCALE", "Statistics", "Total", "Weighted", "X", "Y", "gradients"]
+__all__ = [
+    "BIAS", "COL_FACTOR", "ROW_FACTOR", "SCALE", "Statistics", "Total", "Weighted", "X", "Y", "gradients", "of_total",
+]  # fmt: skip
 
 X, Y, SCALE, BIAS, ROW_FACTOR, COL_FACTOR, COL_BIAS = 0, 1, 2, 3, 7, 8, 12
 TEACHER = slice(9, 12)
@@ -59,7 +63,7 @@ class Statistics(torch.autograd.Function):
             factors = statistic.factor_gradient(state, targets, tuple(given))
             found[ROW_FACTOR] = factors[:rows] if rows else torch.zeros_like(problem[ROW_FACTOR])
             found[COL_FACTOR] = factors[rows:] if cols else torch.zeros_like(problem[COL_FACTOR])
-        return (*_once(found, problem, needs), *(None,) * (len(needs) - FIELDS))
+        return (*once(found, problem, needs), *(None,) * (len(needs) - FIELDS))
 
 
 def gradients(
@@ -140,50 +144,40 @@ class Weighted(torch.autograd.Function):
         needs = ctx.needs_input_grad
         found: list[Tensor | None] = [None] * FIELDS
         found[X], found[Y], found[COL_BIAS] = (g * cotangent.to(g.dtype) for g in (dx, dy, d_col))
-        once = _once([*found, losses * cotangent], (*problem, losses), (*needs[:FIELDS], needs[FIELDS + 1]))
-        return (*once[:FIELDS], None, once[FIELDS], *(None,) * 5)
+        made = once([*found, losses * cotangent], (*problem, losses), (*needs[:FIELDS], needs[FIELDS + 1]))
+        return (*made[:FIELDS], None, made[FIELDS], *(None,) * 5)
 
 
 class Total(torch.autograd.Function):
-    """`(*problem, backend) -> total []`: value and gradients of a sum over all entries are made in one sweep."""
+    """`(*problem, backend) -> total []`: value and gradients of a sum over all entries are made in one sweep.
+
+    Those of the weights, the problem's factors, take another one, where they are needed.
+    """
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         """Run the sweep; only a number is missing from the gradients."""
         problem, backend = arguments[:FIELDS], arguments[FIELDS]
-        total, *gradients = ops.SWEEP[backend](*problem, *ctx.needs_input_grad[:2], any(ctx.needs_input_grad[2:4]))
-        ctx.save_for_backward(*problem, *gradients)
+        needs = ctx.needs_input_grad
+        total, *gradients = ops.SWEEP[backend](*problem, *needs[:2], any(needs[2:4]))
+        learned = needs[ROW_FACTOR], needs[COL_FACTOR]
+        ctx.save_for_backward(*problem, *gradients, *(SUMS(*problem, *learned) if any(learned) else (None, None)))
         return total  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients times the cotangent."""
-        saved = ctx.saved_tensors
-        problem, gradients = saved[:FIELDS], saved[FIELDS:]
-        like = (problem[0].dtype, problem[1].dtype, cotangent.dtype, cotangent.dtype)
-        found: list[Tensor | None] = [None] * FIELDS
-        found[:4] = [(g * cotangent).to(dtype) for g, dtype in zip(gradients, like, strict=True)]
-        return (*_once(found, problem, ctx.needs_input_grad), None)
+        saved, needs = ctx.saved_tensors, ctx.needs_input_grad
+        found = of_total(saved[:FIELDS], saved[FIELDS:], cotangent)
+        return (*once(found, saved[:FIELDS], needs), None)
 
 
-def _once(found: list[Tensor | None], problem: tuple[Tensor, ...], needs: tuple[bool, ...]) -> list[Tensor | None]:
-    """The gradients that are needed; differentiating them again fails instead of being silently 0."""
-    given = [gradient if needed else None for gradient, needed in zip(found, needs, strict=False)]
-    if torch.is_grad_enabled():  # create_graph=True
-        anchor = next(t for t, needed in zip(problem, needs, strict=False) if needed)
-        given = [None if g is None else _Once.apply(g.detach(), anchor) for g in given]
-    return given
-
-
-class _Once(torch.autograd.Function):
-    """Identity of a gradient that cannot be differentiated again."""
-
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor, anchor: Tensor) -> Tensor:
-        """The gradient, tied to what it depends on."""
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, Tensor]:
-        """Refuse."""
-        raise RuntimeError("fastvlm_loss: no second derivatives; compute this loss under fastvlm_loss.backend('dense')")
+def of_total(problem: tuple[Tensor, ...], made: tuple[Tensor, ...], cotangent: Tensor, world: int = 1) -> list[Any]:
+    """Gradients of a total, a field each, from those of features, scale, bias and weights for a cotangent of 1."""
+    found: list[Any] = [None] * FIELDS
+    times = cotangent if world == 1 else cotangent * world
+    like = (problem[X].dtype, problem[Y].dtype, cotangent.dtype, cotangent.dtype)
+    found[:4] = [(g * times).to(dtype) for g, dtype in zip(made[:4], like, strict=True)]
+    for k, g in zip((ROW_FACTOR, COL_FACTOR), made[4:], strict=True):
+        found[k] = None if g is None else g * cotangent
+    return found

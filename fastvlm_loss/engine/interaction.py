@@ -13,10 +13,12 @@ from torch import Tensor
 
 from ..backends import interaction as chunked
 from ..scores.interaction import FIELDS, Interaction
+from ..scores.shard import Shard
 from ..scores.statistics import Softmax
-from .autograd import _once
 from .dispatch import _forced
+from .function import apply, once
 from .ops import no_autocast
+from .sharded import joined, of_own
 from .tile import SoftmaxTile
 
 __all__ = ["GRADIENT", "STATISTICS", "softmax"]
@@ -31,7 +33,8 @@ _SCHEMAS = {
     " bool need_y, bool need_x_weight, bool need_y_weight)"
     " -> (Tensor dx, Tensor dy, Tensor dx_weight, Tensor dy_weight, Tensor d_scale)",
 }
-BIAS, SCALE = 7, 6
+BIAS, SCALE, TARGET, ROW_ID = 7, 6, 8, 9
+OF_ROWS, OF_COLS = (0, 2), (1, 3)  # tokens and weights
 
 _library = torch.library.Library("fastvlm_loss", "FRAGMENT")
 
@@ -55,14 +58,19 @@ def softmax(
     targets = torch.cat(known) if known else None
     if _forced.name in ("cpp", "triton"):
         raise ValueError(f"backend: got {_forced.name!r} for late interaction, wanted 'auto', 'torch' or 'dense'")
-    if _forced.name == "dense":
+    shard = p.pairs.shard
+    if shard is not None:
+        if _forced.name == "dense":
+            raise ValueError("backend: got 'dense' beside group=, wanted one that works in tiles")
+        found = apply(_Sharded, shard, *p.tensors(), targets, statistic.flags)
+    elif _forced.name == "dense":
         with no_autocast(p.x.device.type):
             found = chunked.dense(p, statistic, targets)
     else:
-        found = _Statistics.apply(*p.tensors(), targets, statistic.flags)
+        found = apply(_Statistics, *p.tensors(), targets, statistic.flags)
     return SoftmaxTile(
         nll=found[0], gap=found[1] if gap else None, targets=statistic.known(found[-1], targets),
-        lengths=statistic.lengths(p.x.shape[0], p.y.shape[0]), statistic=statistic, counts=targets, state=found[-1],
+        lengths=statistic.lengths(p.pairs.m, p.pairs.n), statistic=statistic, counts=targets, state=found[-1],
     )  # fmt: skip
 
 
@@ -87,13 +95,67 @@ class _Statistics(torch.autograd.Function):
         tensors, (targets, state) = saved[:FIELDS], saved[FIELDS:]
         wanted = [d_nll, more[0]] if Softmax.of(ctx.flags).gap else [d_nll]
         given = [state.new_zeros(state.shape[1:]) if c is None else c.contiguous() for c in wanted]
-        found: list[Tensor | None] = [None] * FIELDS
-        if any(needs[:4]) or needs[SCALE]:
-            d_gap = given[1] if len(given) > 1 else None
-            *found[:4], found[SCALE] = GRADIENT(*tensors, targets, state, given[0], d_gap, ctx.flags, *needs[:4])
-        if needs[BIAS]:
-            found[BIAS] = torch.zeros_like(tensors[BIAS])  # a constant added to every score changes nothing
-        return (*_once(found, tensors, needs), None, None)
+        return (*once(_gradients(tensors, targets, state, given, ctx.flags, needs), tensors, needs), None, None)
+
+
+class _Sharded(torch.autograd.Function):
+    """`(shard, *interaction, targets [L], flags) -> (*vectors [L], state [fields, L])`, of the group.
+
+    As `sharded.Sharded`: every process scores its images with the texts of all, whose tokens are gathered.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        """Own images with all texts, and the exchange of states."""
+        shard, *tensors, targets, flags = arguments
+        statistic, local = Softmax.of(flags), _localised(tensors, shard)
+        rows, own = statistic.lengths(sum(shard.rows), 0)[0], shard.own_rows
+        state = joined(STATISTICS(*local, of_own(targets, own, rows), flags)[2], statistic, shard)
+        ctx.save_for_backward(*tensors, *local, targets, state)
+        ctx.mark_non_differentiable(state)
+        ctx.set_materialize_grads(False)
+        ctx.place = shard, rows, flags
+        return (*statistic.finish(state, targets, None), state)
+
+    @staticmethod
+    def backward(ctx: Any, d_nll: Tensor | None, *more: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Of the own images whole, of the texts the sum; times the number of processes."""
+        saved, needs, (shard, rows, flags) = ctx.saved_tensors, ctx.needs_input_grad[1:], ctx.place
+        tensors, local, (targets, state) = saved[:FIELDS], saved[FIELDS:-2], saved[-2:]
+        wanted = [d_nll, more[0]] if Softmax.of(flags).gap else [d_nll]
+        given = [state.new_zeros(state.shape[1:]) if c is None else c for c in wanted]
+        targets, state, *given = (of_own(t, shard.own_rows, rows) for t in (targets, state, *given))
+        found = _gradients(local, targets, state, given, flags, needs)
+        for k in (*OF_ROWS, *OF_COLS, SCALE):
+            found[k] = found[k] * shard.world if needs[k] else None
+        for k in OF_COLS:  # nothing is sent for a frozen tower
+            found[k] = shard.collectives.scatter(found[k], shard.cols) if needs[k] else None
+        return (None, *once(found, tensors, needs), None, None)
+
+
+def _localised(tensors: list[Any], shard: Shard) -> list[Any]:
+    """The own images, with the texts of all processes."""
+    local = list(tensors)
+    for k in (*OF_COLS, 5):
+        local[k] = None if local[k] is None else shard.gather_cols(local[k].detach())
+    if local[TARGET] is None:
+        local[TARGET] = torch.arange(sum(shard.rows), device=local[0].device)
+    for k in (TARGET, ROW_ID):
+        local[k] = None if local[k] is None else local[k][shard.own_rows]
+    return local
+
+
+def _gradients(
+    tensors: Any, targets: Tensor | None, state: Tensor, given: list[Tensor], flags: int, needs: tuple[bool, ...]
+) -> list[Any]:
+    """A gradient a field, where needed."""
+    found: list[Any] = [None] * FIELDS
+    if any(needs[:4]) or needs[SCALE]:
+        d_gap = given[1] if len(given) > 1 else None
+        *found[:4], found[SCALE] = GRADIENT(*tensors, targets, state, given[0], d_gap, flags, *needs[:4])
+    if needs[BIAS]:
+        found[BIAS] = torch.zeros_like(tensors[BIAS])  # a constant added to every score changes nothing
+    return found
 
 
 def _statistics(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:

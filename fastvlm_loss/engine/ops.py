@@ -18,23 +18,23 @@ from ..scores.problem import FIELDS, Problem
 from ..scores.selection import Selection
 from ..scores.statistics import Sigmoid, decode, gradient_dtype
 
-__all__ = ["GRADIENT", "KEPT_PRODUCTS", "SELECT", "STATISTICS", "SWEEP", "no_autocast"]
+__all__ = ["GRADIENT", "KEPT_PRODUCTS", "PROBLEM", "SELECT", "STATISTICS", "SWEEP", "no_autocast"]
 
-_PROBLEM = (
+PROBLEM = (
     "Tensor x, Tensor y, Tensor scale, Tensor? bias, Tensor? target, Tensor? row_id, Tensor? col_id, "
     "Tensor? row_factor, Tensor? col_factor, Tensor? teacher_x, Tensor? teacher_y, Tensor? teacher_scale, "
     "Tensor? col_bias, Tensor? row_limit, Tensor? col_limit, Tensor? numbers"
 )
 _SCHEMAS = {
-    "statistics": f"({_PROBLEM}, Tensor? targets, str epilogue, int flags, bool keep)"
+    "statistics": f"({PROBLEM}, Tensor? targets, str epilogue, int flags, bool keep)"
     " -> (Tensor nll, Tensor gap, Tensor state, Tensor products)",
-    "select": f"({_PROBLEM}, Tensor? targets, str epilogue, int flags, bool keep, int k, bool noise, Tensor law,"
+    "select": f"({PROBLEM}, Tensor? targets, str epilogue, int flags, bool keep, int k, bool noise, Tensor law,"
     " Tensor? totals, Tensor place)"
     " -> (Tensor nll, Tensor gap, Tensor state, Tensor products, Tensor order, Tensor best)",
-    "gradient": f"({_PROBLEM}, Tensor? targets, Tensor state, Tensor products, Tensor d_nll, Tensor? d_gap,"
+    "gradient": f"({PROBLEM}, Tensor? targets, Tensor state, Tensor products, Tensor d_nll, Tensor? d_gap,"
     " str epilogue, int flags, bool need_x, bool need_y, bool need_scale, bool need_col)"
     " -> (Tensor dx, Tensor dy, Tensor d_scale, Tensor d_bias, Tensor d_col)",
-    "sweep": f"({_PROBLEM}, bool need_x, bool need_y, bool need_scale)"
+    "sweep": f"({PROBLEM}, bool need_x, bool need_y, bool need_scale)"
     " -> (Tensor total, Tensor dx, Tensor dy, Tensor d_scale, Tensor d_bias)",
 }
 # products a backend keeps for backward instead of making them again, for a batch whose matrix is one small tile

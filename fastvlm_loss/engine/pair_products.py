@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..backends import pair_products as chunked
-from .autograd import _once
 from .dispatch import _forced
+from .function import apply, once
 from .ops import no_autocast
 
 __all__ = ["GRADIENT", "PRODUCTS", "pair_products"]
@@ -36,10 +36,11 @@ def pair_products(x: Tensor, y: Tensor, padding: Tensor | None, image: Tensor | 
     if _forced.name == "dense":
         wide, whole = _dtype(x, y), slice(None)
         patches = chunked.patches_of(x, padding, image, whole, wide)
-        return torch.einsum("kpd,kd->kp", patches, chunked.rows_of(y, text, whole).to(wide))
+        with no_autocast(x.device.type):
+            return torch.einsum("kpd,kd->kp", patches, chunked.rows_of(y, text, whole).to(wide))
     if text is not None and text is image:  # the same tensor twice cannot be traced by torch.compile
         text = text.view_as(text)
-    return _Products.apply(x, y, padding, image, text)  # type: ignore[no-any-return]
+    return apply(_Products, x, y, padding, image, text)  # type: ignore[no-any-return]
 
 
 class _Products(torch.autograd.Function):
@@ -56,7 +57,7 @@ class _Products(torch.autograd.Function):
         """What needs no gradient costs none."""
         pairs, needs = ctx.saved_tensors, ctx.needs_input_grad
         found = list(GRADIENT(*pairs, d.contiguous(), *needs[:2]))
-        return (*_once(found, pairs, needs), None, None, None)
+        return (*once(found, pairs, needs), None, None, None)
 
 
 def _dtype(x: Tensor, y: Tensor) -> torch.dtype:

@@ -19,8 +19,9 @@ from ..scores.selection import Selection, join
 from ..scores.shard import Shard
 from . import ops
 from .autograd import BIAS, COL_FACTOR, ROW_FACTOR, SCALE, X, Y, gradients
+from .weights import SUMS
 
-__all__ = ["TEACHER_SCALE", "TEACHER_X", "TEACHER_Y", "gradients_of", "own_rows", "select", "states", "sweep"]
+__all__ = ["TEACHER_SCALE", "TEACHER_X", "TEACHER_Y", "gradients_of", "own_rows", "select", "states", "sums", "sweep"]
 
 TARGET, ROW_ID, COL_ID, TEACHER_X, TEACHER_Y, TEACHER_SCALE, ROW_LIMIT, COL_LIMIT = 4, 5, 6, 9, 10, 11, 13, 14
 Fields = tuple[Any, ...]
@@ -125,6 +126,18 @@ def sweep(problem: Fields, shard: Shard, backend: str, needs: tuple[bool, ...]) 
     if needs[Y]:
         total[2] = sent()[0][: shard.cols[shard.rank]]
     return total
+
+
+def sums(problem: Fields, shard: Shard, needs: tuple[bool, bool]) -> list[Tensor]:
+    """As the operator `sums`, of the own rows `[own rows]`, and of all columns from the own rows `[N]`."""
+    of_rows: Any = None
+    of_cols = problem[SCALE].new_zeros(sum(shard.cols) if needs[1] else 0)
+    for cols, here in turns(problem, shard):
+        rows, part = SUMS(*here, *needs)
+        of_rows = rows if of_rows is None else of_rows + rows
+        if needs[1]:
+            of_cols[cols] = part
+    return [of_rows, of_cols]
 
 
 def select(problem: Fields, shard: Shard, backend: str, statistic: Any, selection: Selection) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ dX is complete, dY is summed and goes to its owners. 8 n N D operations for n of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,9 +18,11 @@ from ..scores.selection import NOBODY, join
 from ..scores.shard import Shard
 from ..scores.statistics import decode
 from . import ops, ring
-from .autograd import BIAS, COL_FACTOR, ROW_FACTOR, SCALE, X, Y, _once, gradients
+from .autograd import BIAS, COL_FACTOR, ROW_FACTOR, SCALE, X, Y, gradients, of_total
+from .function import once
+from .weights import SUMS
 
-__all__ = ["Sharded", "ShardedTotal", "joined_candidates", "joined_columns", "localised"]
+__all__ = ["Sharded", "ShardedTotal", "joined", "joined_candidates", "joined_columns", "localised", "of_own"]
 
 
 def localised(problem: tuple[Tensor | None, ...], shard: Shard) -> tuple[Tensor | None, ...]:
@@ -28,6 +31,20 @@ def localised(problem: tuple[Tensor | None, ...], shard: Shard) -> tuple[Tensor 
     for k in (Y, ring.TEACHER_Y):
         found[k] = None if found[k] is None else shard.gather_cols(found[k].detach())
     return tuple(found)
+
+
+def joined(state: Tensor, statistic: Any, shard: Shard) -> Tensor:
+    """The states `[fields, L]` of the group, from those `[fields, own rows + N]` that the own rows give."""
+    own, (rows, cols) = shard.own_rows, statistic.lengths(sum(shard.rows), sum(shard.cols))
+    mine, parts = own.stop - own.start if rows else 0, []
+    if rows:
+        parts.append(shard.gather_rows(state[:, :mine].T.contiguous()).T)
+    if cols:
+        of_cols = state[:, mine:].clone()
+        if statistic.hardest:  # whose index counts from the own rows
+            of_cols[-3] += own.start
+        parts.append(joined_columns(of_cols, statistic, shard))
+    return torch.cat(parts, 1)
 
 
 def joined_columns(state: Tensor, statistic: Any, shard: Shard) -> Tensor:
@@ -81,18 +98,9 @@ class Sharded(torch.autograd.Function):
             local = localised(problem, shard)
             small = local[X].shape[0] * local[Y].shape[0] <= ops.KEPT_PRODUCTS[backend]  # type: ignore[union-attr]
             keep = small and any(ctx.needs_input_grad[1:4])
-            here = _of_own(targets, own, rows)
+            here = of_own(targets, own, rows)
             _, _, state, products = ops.STATISTICS[backend](*local, here, epilogue, flags, keep)
-        mine = own.stop - own.start if rows else 0
-        parts = []
-        if rows:
-            parts.append(shard.gather_rows(state[:, :mine].T.contiguous()).T)
-        if cols:
-            of_cols = state[:, mine:].clone()
-            if statistic.hardest:  # whose index counts from the own rows
-                of_cols[-3] += own.start
-            parts.append(joined_columns(of_cols, statistic, shard))
-        whole = torch.cat(parts, 1)
+        whole = joined(state, statistic, shard)
         factors = ops.factors(Problem.from_tensors(problem), (rows, cols)) if statistic.factor else None
         vectors = statistic.finish(whole, targets, factors)
         ctx.save_for_backward(*problem, *local, targets, whole, products)
@@ -110,8 +118,8 @@ class Sharded(torch.autograd.Function):
         rows = statistic.lengths(sum(shard.rows), sum(shard.cols))[0]
         wanted = [d_nll, more[0]] if statistic.gap else [d_nll]
         given = [state.new_zeros(state.shape[1:]) if c is None else c.contiguous() for c in wanted]
-        here = [_of_own(c, own, rows) for c in given]
-        counts, states = _of_own(targets, own, rows), _of_own(state, own, rows)
+        here = [of_own(c, own, rows) for c in given]
+        counts, states = of_own(targets, own, rows), of_own(state, own, rows)
         if shard.ring:
             found = ring.gradients_of(problem, shard, counts, states, here, backend, statistic, needs)
         else:
@@ -125,7 +133,7 @@ class Sharded(torch.autograd.Function):
             factors = statistic.factor_gradient(state, targets, tuple(given))
             found[ROW_FACTOR] = factors[:rows] if rows else torch.zeros_like(problem[ROW_FACTOR])
             found[COL_FACTOR] = factors[rows:] if statistic.cols else torch.zeros_like(problem[COL_FACTOR])
-        return (None, *_once(found, problem, needs), *(None,) * 4)
+        return (None, *once(found, problem, needs), *(None,) * 4)
 
 
 class ShardedTotal(torch.autograd.Function):
@@ -136,13 +144,21 @@ class ShardedTotal(torch.autograd.Function):
         """Value and gradients of the own rows; the sum over the processes."""
         shard, problem, backend = arguments[0], arguments[1 : FIELDS + 1], arguments[FIELDS + 1]
         needs = ctx.needs_input_grad[1 : FIELDS + 1]
+        learned = needs[ROW_FACTOR], needs[COL_FACTOR]
+        sums: Sequence[Tensor | None] = (None, None)
         if shard.ring:
             total, *found = ring.sweep(problem, shard, backend, needs)
+            sums = ring.sums(problem, shard, learned) if any(learned) else sums
         else:
-            total, *found = ops.SWEEP[backend](*localised(problem, shard), *needs[:2], any(needs[2:4]))
+            local = localised(problem, shard)
+            total, *found = ops.SWEEP[backend](*local, *needs[:2], any(needs[2:4]))
             if needs[Y]:
                 found[Y] = shard.collectives.scatter(found[Y], shard.cols)
-        ctx.save_for_backward(*problem, *found)
+            sums = SUMS(*local, *learned) if any(learned) else sums
+        # the own rows are whole, the columns what the own rows give them
+        joins = shard.gather_rows, shard.collectives.total
+        whole = [join(t) if need else None for join, t, need in zip(joins, sums, learned, strict=True)]
+        ctx.save_for_backward(*problem, *found, *whole)
         ctx.world = shard.world
         summed: Tensor = shard.collectives.total(total)
         return summed
@@ -151,14 +167,11 @@ class ShardedTotal(torch.autograd.Function):
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients times the cotangent and the number of processes."""
         saved, needs = ctx.saved_tensors, ctx.needs_input_grad[1 : FIELDS + 1]
-        problem, made = saved[:FIELDS], saved[FIELDS:]
-        like = (problem[X].dtype, problem[Y].dtype, cotangent.dtype, cotangent.dtype)
-        found: list[Tensor | None] = [None] * FIELDS
-        found[:4] = [(g * cotangent * ctx.world).to(dtype) for g, dtype in zip(made, like, strict=True)]
-        return (None, *_once(found, problem, needs), None)
+        found = of_total(saved[:FIELDS], saved[FIELDS:], cotangent, ctx.world)
+        return (None, *once(found, saved[:FIELDS], needs), None)
 
 
-def _of_own(vector: Any, own: slice, rows: int) -> Any:
+def of_own(vector: Any, own: slice, rows: int) -> Any:
     """Of a vector, or state, `[.., L]` the own rows and all columns."""
     if vector is None:
         return None

@@ -16,6 +16,7 @@ from ..scores.statistics import Candidates, Hinge, Sigmoid, Softmax
 from . import ring
 from .autograd import Statistics, Total, Weighted
 from .dispatch import resolve
+from .function import apply
 from .ops import KEPT_PRODUCTS, SELECT, no_autocast
 from .sharded import Sharded, ShardedTotal, joined_candidates, localised
 
@@ -72,6 +73,7 @@ class SoftmaxTile:
 def softmax(
     problem: Problem, *, rows: bool = True, cols: bool = True, gap: bool = False, positives: str = "mask",
     hard: bool = False, detached: bool = False, hardest: bool = False, selection: Selection | None = None,
+    everyone: bool = False,
 ) -> SoftmaxTile:  # fmt: skip
     """Negative log-likelihood of the targets along rows and columns, without the score matrix.
 
@@ -86,6 +88,7 @@ def softmax(
         detached: those weights have no gradient.
         hardest: whether the summary has the hardest negative.
         selection: of negatives of the same rows and columns, made from the same products.
+        everyone: without a target the `nll` is the log-sum-exp alone, instead of 0.
     """
     limited = problem.row_limit is not None
     learning = (problem.teacher_x, problem.teacher_y, problem.teacher_scale)
@@ -98,7 +101,7 @@ def softmax(
         limit=limited, guide=limited and problem.second == "guide", margin=problem.second == "margin", gap=gap,
         teacher=problem.second == "teacher", factor=problem.row_factor is not None, hardness=hard, detached=detached,
     )  # fmt: skip
-    return _statistics(problem, statistic, selection)
+    return _statistics(problem, statistic, selection, everyone)
 
 
 def weighted_rows(problem: Problem, weights: Tensor, share: float = 0.0) -> Tensor:
@@ -116,7 +119,7 @@ def weighted_rows(problem: Problem, weights: Tensor, share: float = 0.0) -> Tens
         t = softmax(problem, cols=False, gap=share > 0)
         return ((t.nll if t.gap is None else t.nll + share * t.gap) * weights).sum()
     targets, how = problem.targets()[0], (backend, statistic.name, statistic.flags)
-    total: Tensor = Weighted.apply(*problem.tensors(), targets, weights, *how, share, max(strip // 96 * 96, 96))
+    total: Tensor = apply(Weighted, *problem.tensors(), targets, weights, *how, share, max(strip // 96 * 96, 96))
     return total
 
 
@@ -162,7 +165,9 @@ def _told(selection: Selection) -> tuple[object, ...]:
     return selection.k, selection.noise, selection.law, selection.totals, selection.place
 
 
-def _statistics(p: Problem, statistic: Softmax | Hinge, selection: Selection | None = None) -> SoftmaxTile:
+def _statistics(
+    p: Problem, statistic: Softmax | Hinge, selection: Selection | None = None, everyone: bool = False
+) -> SoftmaxTile:
     m, n = p.m, p.n
     if statistic.hardest and max(m, n) > MOST_INDICES:
         raise ValueError(f"image_features: got a batch of {m} x {n}, wanted at most {MOST_INDICES} for indices")
@@ -171,15 +176,18 @@ def _statistics(p: Problem, statistic: Softmax | Hinge, selection: Selection | N
         t for t, wanted in zip(counts, (statistic.rows, statistic.cols), strict=True) if wanted and t is not None
     ]
     targets = torch.cat(present) if present else None
+    if everyone and targets is not None:  # whose sum is 0 where there is none
+        targets = targets.clamp(min=1)
     backend = resolve(p, statistic)
     if p.shard is not None:
         found = _sharded(p, p.shard, targets, backend, statistic, selection)
     elif backend == "dense":
         with no_autocast(p.x.device.type):
-            found = (*dense.finished(p, statistic), *(dense.selected(p, statistic, selection) if selection else ()))
+            picked = dense.selected(p, statistic, selection) if selection else ()
+            found = (*dense.finished(p, statistic, everyone), *picked)
     else:
         told = () if selection is None else _told(selection)
-        found = Statistics.apply(*p.tensors(), targets, backend, statistic.name, statistic.flags, *told)
+        found = apply(Statistics, *p.tensors(), targets, backend, statistic.name, statistic.flags, *told)
     vectors, state = found[: 1 + statistic.gap], found[1 + statistic.gap]
     return SoftmaxTile(
         vectors[0], vectors[1] if statistic.gap else None, statistic.known(state, targets), statistic.lengths(m, n),
@@ -195,25 +203,28 @@ def _sharded(
         raise ValueError("backend: got 'dense' beside group=, wanted one that works in tiles")
     if p.col_bias is not None:
         raise ValueError("group: got one beside a bias of the columns, wanted None")
-    found: tuple[Tensor, ...] = Sharded.apply(shard, *p.tensors(), targets, backend, statistic.name, statistic.flags)
+    found: tuple[Tensor, ...] = apply(Sharded, shard, *p.tensors(), targets, backend, statistic.name, statistic.flags)
     return found if selection is None else (*found, *select(p, selection))
 
 
 def sigmoid(problem: Problem) -> Tensor:
     """Sum of the sigmoid loss over all candidates, fp32 (fp64 for fp64 features), weighted by the problem's factors.
 
-    Differentiable in the features, scale and bias; equal ids are targets.
+    Differentiable in the features, scale, bias and factors; equal ids are targets. Factors that are learned cost a
+    product of their own.
     """
-    backend = resolve(problem, Sigmoid())
+    backend, given = resolve(problem, Sigmoid()), problem.tensors()
+    if not torch.is_grad_enabled():  # of which a Function, asked what its inputs need, knows nothing
+        given = tuple(None if t is None else t.detach() for t in given)
     if problem.shard is not None:
         if backend == "dense":
             raise ValueError("backend: got 'dense' beside group=, wanted one that works in tiles")
-        sum_of_all: Tensor = ShardedTotal.apply(problem.shard, *problem.tensors(), backend)
+        sum_of_all: Tensor = apply(ShardedTotal, problem.shard, *given, backend)
         return sum_of_all
     if backend == "dense":
         with no_autocast(problem.x.device.type):
             return dense.total(problem, Sigmoid())
-    total: Tensor = Total.apply(*problem.tensors(), backend)
+    total: Tensor = apply(Total, *given, backend)
     return total
 
 
