@@ -1,5 +1,6 @@
 # make test   the numerics, on this machine         make demo   train two small towers on real pairs
 # make bench  our losses against their baselines    make lint   ruff and mypy       make asan   the C++ under sanitizers
+# make train  the reference trainer (ARGS="--config configs/tiny-shapes.yaml", --dry-run prints what it would do)
 # make gpu    on a machine with a GPU, with the packages it has: tests, sanitizer, benchmark, in 8 minutes
 # make kernels  every GPU kernel compiled without a GPU and judged (ARGS="--arch 90": one architecture)
 #
@@ -18,12 +19,19 @@ STAMPS := $(VENV)/stamps
 endif
 PIP := $(RUN) -m pip --disable-pip-version-check
 
-.PHONY: test demo bench lint asan gpu kernels oldest install clean
+.PHONY: test demo train bench lint asan gpu kernels oldest install clean
 test: install
 	$(RUN) -m pytest $(ARGS)
 
 demo: install
 	$(RUN) -m fastvlm_loss.demo $(ARGS)
+
+train: install
+	$(RUN) -m fastvlm_loss.trainer $(ARGS)
+
+# make ablation-negatives, ablation-masking, ablation-weighting, ablation-real, ablation-shapes
+ablation-%: install
+	$(RUN) -m benchmarks.ablations $* $(ARGS)
 
 bench: install
 	$(RUN) -m benchmarks $(ARGS)

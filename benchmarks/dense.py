@@ -69,6 +69,22 @@ def soft_target_clip_loss(
 
 
 @under_autocast
+def graded_clip_loss(
+    image_features: Tensor, text_features: Tensor, logit_scale: Tensor, relevant: Tensor, relevance: Tensor
+) -> Tensor:
+    """Cross-entropy against all grades, most of them 0, of the samples that have some."""
+    scores = logit_scale * image_features @ text_features.T
+    grades = torch.zeros_like(scores, dtype=relevance.dtype)
+    grades = grades.scatter_add(1, relevant.clamp(min=0), relevance * (relevant >= 0))
+    total = 0.0
+    for s, r in ((scores, grades), (scores.T, grades.T)):
+        sums = r.sum(1, keepdim=True)
+        each = F.cross_entropy(s.float(), r / sums.clamp(min=1e-12), reduction="none")
+        total = total + each.sum() / (sums > 0).sum()
+    return total / 2
+
+
+@under_autocast
 def hard_negative_clip_loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
     """The equations of the paper, line by line, at beta = 0.25."""
     scores = logit_scale * image_features @ text_features.T
@@ -131,7 +147,7 @@ def _symmetric(scores: Tensor) -> Tensor:
 WRITTEN: dict[str, Loss] = {
     loss.__name__: loss
     for loss in (
-        clip_loss, siglip_loss, relevance_clip_loss, soft_target_clip_loss, hard_negative_clip_loss, margin_clip_loss,
-        triplet_loss, linear_cross_entropy, caption_loss, vqa_loss,
+        clip_loss, siglip_loss, relevance_clip_loss, soft_target_clip_loss, graded_clip_loss, hard_negative_clip_loss,
+        margin_clip_loss, triplet_loss, linear_cross_entropy, caption_loss, vqa_loss,
     )
 }  # fmt: skip

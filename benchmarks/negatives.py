@@ -232,9 +232,7 @@ def main(arguments: list[str] | None = None) -> int:
     for rows in result["sizes"]:
         print("\n" + "\n".join(targets(rows, kind)))
     if asked.output:
-        asked.output.parent.mkdir(parents=True, exist_ok=True)
-        store.save(result, asked.output)
-        asked.output.with_suffix(".md").write_text(markdown(result) + "\n")
+        store.publish(result, asked.output, markdown(result))
     return 0
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from . import negatives
+from . import ablations, negatives
+from .dropin import __main__ as dropin
 from .report import markdown
 from .store import RESULTS, load, render
 
@@ -13,12 +14,15 @@ __all__ = ["END", "README", "START", "block", "splice", "update"]
 README = Path(__file__).parents[1] / "README.md"
 START, END = "<!-- benchmark:start -->", "<!-- benchmark:end -->"
 NEGATIVES = "<!-- negatives:start -->", "<!-- negatives:end -->"
+TRAINER = "<!-- trainer:start -->", "<!-- trainer:end -->"
+DROPIN = "<!-- dropin:start -->", "<!-- dropin:end -->"
 
 
 def update(check: bool = False) -> bool:
     """Redraw all saved results and rewrite the blocks, or only look (`check`); whether the README was up to date."""
     before = README.read_text() if README.exists() else ""
     after = splice(splice(before, block()), negatives.block(), *NEGATIVES)
+    after = splice(splice(after, dropin.block(), *DROPIN), ablations.block(), *TRAINER)
     if not check:
         for path in sorted(RESULTS.glob("*.json")):
             render(path)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-__all__ = ["RESULTS", "load", "render", "save", "slug"]
+__all__ = ["RESULTS", "load", "publish", "render", "save", "slug"]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -21,6 +21,13 @@ def slug(name: str) -> str:
 def save(result: dict[str, Any], path: Path) -> None:
     """JSON with one measurement a line, so that a diff can be read."""
     path.write_text(_json(result) + "\n")
+
+
+def publish(result: dict[str, Any], path: Path, page: str) -> None:
+    """JSON, and its table beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save(result, path)
+    path.with_suffix(".md").write_text(page + "\n")
 
 
 def load(path: Path) -> dict[str, Any]:

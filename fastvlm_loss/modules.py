@@ -11,6 +11,7 @@ from torch import Tensor
 from .losses import (
     caption_loss,
     clip_loss,
+    graded_clip_loss,
     hard_negative_clip_loss,
     itm_loss,
     late_interaction_loss,
@@ -26,9 +27,9 @@ from .losses import (
 )
 
 __all__ = [
-    "CLIPLoss", "CaptionLoss", "HardNegativeCLIPLoss", "ITMLoss", "LateInteractionLoss", "LinearCrossEntropyLoss",
-    "LossModule", "MarginCLIPLoss", "MultiscaleITMLoss", "RelevanceCLIPLoss", "SigLIPLoss", "SoftTargetCLIPLoss",
-    "TripletLoss", "VQALoss",
+    "CLIPLoss", "CaptionLoss", "GradedCLIPLoss", "HardNegativeCLIPLoss", "ITMLoss", "LateInteractionLoss",
+    "LinearCrossEntropyLoss", "LossModule", "MarginCLIPLoss", "MultiscaleITMLoss", "RelevanceCLIPLoss", "SigLIPLoss",
+    "SoftTargetCLIPLoss", "TripletLoss", "VQALoss",
 ]  # fmt: skip
 
 
@@ -81,6 +82,12 @@ class RelevanceCLIPLoss(LossModule):
     """`relevance_clip_loss` as a module: `RelevanceCLIPLoss()(image, text, logit_scale, image_relevance=r)`."""
 
     function = staticmethod(relevance_clip_loss)
+
+
+class GradedCLIPLoss(LossModule):
+    """`graded_clip_loss` as a module; texts and grades go to `forward`, by name."""
+
+    function = staticmethod(graded_clip_loss)
 
 
 class SoftTargetCLIPLoss(LossModule):

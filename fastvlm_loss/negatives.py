@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from .distributed import shard_of
+from .distributed import eager_in_group, shard_of
 from .engine import tile
 from .queue import FeatureQueue
 from .scores import check
@@ -28,6 +27,7 @@ Queues = FeatureQueue | tuple[FeatureQueue | None, FeatureQueue | None]
 State = tuple[Tensor, Tensor]
 
 
+@eager_in_group
 @torch.no_grad()
 def hard_negatives(
     image_features: Tensor,
@@ -81,18 +81,19 @@ def hard_negatives(
 
     Source: Li et al. 2021 (ALBEF), section 3.2; Kool et al. 2019 (Gumbel-top-k); Salmon et al. 2011 (Philox).
     """
-    if group is not None and queue is not None:
-        raise ValueError("queue: got one beside group=, wanted None: one of the two")
     law = Law.of(k, hardness, scale, floor, seed, step)
     of_images, of_texts = _queues(queue)
     any_queue = of_images if of_texts is None else of_texts
-    if any_queue is not None and image_ids is None and text_ids is None and labels is None:
-        image_ids = any_queue.own_ids(check.features("image_features", image_features).shape[0])
+    given = [t is None for t in (labels, image_ids, text_ids, filters)]
+    told = given, k, law.hardness, floor, seed, [q and q.size for q in (of_images, of_texts)]
     problem = Problem.of(
         image_features, text_features, 1.0, labels=labels, image_ids=image_ids, text_ids=text_ids,
         check_finite=check.flag("check_finite", check_finite),
-        sharding=None if group is None else partial(shard_of, group),
+        sharding=None if group is None else lambda x, y: shard_of(group, x, y, told),
     )  # fmt: skip
+    if any_queue is not None and problem.row_id is None and labels is None:
+        ids = any_queue.own_ids(problem.m)
+        problem = replace(problem, row_id=ids, col_id=ids.clone())
     whole = filtered(problem, filters)
     m, n = whole.m, whole.n
     for name, found in (("images", of_images), ("texts", of_texts)):
@@ -105,14 +106,16 @@ def hard_negatives(
         selection = replace(selection, totals=totals)
         rows, cols = totals[:m], totals[m:]
     order, best = tile.select(whole, selection)
-    own = whole.x.shape[0]  # of a group's images
+    own, own_rows, own_cols = whole.x.shape[0], whole.own_rows, whole.own_cols  # of a group's
     to_row, to_col = (order[:own], best[:own]), (order[own:], best[own:])
     if of_texts is not None:
-        more = _beside(whole, of_texts, step, rows=True)
-        to_row = law.join(to_row, tile.select(more, replace(law.selection(more, 0, n), totals=rows), cols=False))
+        more = _beside(whole, of_texts, step, own_rows, rows=True)
+        beside = replace(law.selection(more, own_rows.start, n), totals=None if rows is None else rows[own_rows])
+        to_row = law.join(to_row, tile.select(more, beside, cols=False))
     if of_images is not None:
-        more = _beside(whole, of_images, step, rows=False)
-        to_col = law.join(to_col, tile.select(more, replace(law.selection(more, m, 0), totals=cols), rows=False))
+        more = _beside(whole, of_images, step, own_cols, rows=False)
+        beside = replace(law.selection(more, m, own_cols.start), totals=None if cols is None else cols[own_cols])
+        to_col = law.join(to_col, tile.select(more, beside, rows=False))
     return law.result(to_row, to_col, problem)
 
 
@@ -152,12 +155,16 @@ def _check_queue(name: str, queue: FeatureQueue, p: Problem, step: int | Tensor 
         raise ValueError(f"step: got None beside a queue of {name} with an age or a start, wanted the current step")
 
 
-def _beside(p: Problem, queue: FeatureQueue, step: int | Tensor | None, rows: bool) -> Problem:
-    """The rows of a problem with the queue as its columns, or the columns with the queue as rows; no targets."""
+def _beside(p: Problem, queue: FeatureQueue, step: int | Tensor | None, own: slice, rows: bool) -> Problem:
+    """The own rows of a problem with the queue as columns, or its own columns with the queue as rows; no targets."""
+    assert p.row_id is not None and p.col_id is not None
     features, ids = queue.features.to(p.x.dtype), queue.valid_ids(step)
     count = p.x.shape[0] if rows else len(ids)
     none = torch.full((count,), -1, dtype=torch.int64, device=p.x.device)
     unlimited = None if p.row_limit is None else p.row_limit.new_full((2, len(ids)), torch.inf)
+    limit = p.row_limit if rows else p.col_limit
+    limit, ours = None if limit is None else limit[:, own].contiguous(), (p.row_id if rows else p.col_id)[own]
+    p = replace(p, target=none, shard=None)
     if rows:
-        return replace(p, y=features, col_id=ids, target=none, col_limit=unlimited)
-    return replace(p, x=features, row_id=ids, target=none, row_limit=unlimited)
+        return replace(p, y=features, row_id=ours, col_id=ids, row_limit=limit, col_limit=unlimited)
+    return replace(p, x=features, row_id=ids, col_id=ours, row_limit=unlimited, col_limit=limit)

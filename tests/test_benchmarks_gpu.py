@@ -276,7 +276,7 @@ def swept(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(baselines.PEERS["clip_loss"], "wrong at size", wrong)
         patch.setattr(torch, "compile", lambda loss: loss)
-        patch.setattr(gate, "DRAWS", 2)
+        patch.setattr(gate, "DRAWS", 4)  # of 2 the dense errors are now and then too small to judge others by
         patch.setattr(measure.ProductRate, "SHAPE", {"cpu": (128, 64, 128)})
         options = "--suite gpu --quick --device cpu --repeats 1 --threads 1 --budget 100"
         losses = "clip_loss siglip_loss soft_target_clip_loss linear_cross_entropy"

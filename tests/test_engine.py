@@ -13,6 +13,7 @@ from fastvlm_loss.backends import torch as chunked
 from fastvlm_loss.engine import tile
 from fastvlm_loss.engine.dispatch import resolve
 from fastvlm_loss.engine.ops import GRADIENT, KEPT_PRODUCTS, STATISTICS, SWEEP
+from fastvlm_loss.engine.weights import SUMS
 from fastvlm_loss.losses import registry
 from fastvlm_loss.scores import filters
 from fastvlm_loss.scores.problem import Problem
@@ -151,6 +152,7 @@ def test_opcheck_of_other_statistics(pair, live_backend, name):
 def test_opcheck_of_the_sweep(pair):
     for need in ((True, True, True), (False, True, False)):
         torch.library.opcheck(SWEEP["torch"], (*arguments({}, pair)[:-1], *need))
+        torch.library.opcheck(SUMS, (*arguments({}, pair, lambda p: p.weighted(None, None))[:-1], *need[:2]))
 
 
 @pytest.mark.parametrize("spec", registry.values(), ids=lambda spec: spec.name)

@@ -269,7 +269,7 @@ ERRORS = [
     (ValueError, "logit_scale: got 0.0", {"logit_scale": 0.0}),
     (ValueError, "image_tokens: got NaN or infinity in row 1", {"image_tokens": NAN, "check_finite": True}),
     (TypeError, "normalize: got int 1", {"normalize": 1}),
-    (ValueError, "group: got object", {"group": object()}),
+    (TypeError, "group: got object", {"group": object()}),
 ]  # fmt: skip
 
 

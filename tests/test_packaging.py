@@ -23,7 +23,7 @@ CHECK = (
 @pytest.fixture
 def tree(tmp_path):
     """The sources alone, so that nothing built here before takes part."""
-    for name in ("fastvlm_loss", "kernels", "csrc"):
+    for name in ("fastvlm_loss", "kernels", "csrc", "configs"):
         shutil.copytree(ROOT / name, tmp_path / "src" / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path / "src" / name)
@@ -59,6 +59,8 @@ def test_a_wheel_without_cpp_is_whole_and_works(tree):
     sources = {str(p.relative_to(ROOT)) for p in ROOT.glob("fastvlm_loss/**/*.py")}
     sources |= {"fastvlm_loss/" + str(p.relative_to(ROOT)) for p in ROOT.glob("kernels/**/*.py")}
     assert sources | {"fastvlm_loss/py.typed"} <= set(names)
+    entries = next(name for name in names if name.endswith("entry_points.txt"))
+    assert b"fastvlm-train = fastvlm_loss.trainer.__main__:main" in zipfile.ZipFile(path).read(entries)
     assert installed(tree, path).startswith("not live: the C++ library was not built")
 
 
@@ -78,7 +80,7 @@ def test_a_wheel_with_cpp_serves_every_python(tree):
     assert installed(tree, path).startswith("live: CPU")
 
 
-def test_an_sdist_made_without_torch_holds_the_cpp_sources(tree):
+def test_an_sdist_made_without_torch_holds_the_cpp_sources_and_the_configurations(tree):
     shutil.copy(ROOT / "MANIFEST.in", tree / "src")
     subprocess.run(
         [sys.executable, "setup.py", "-q", "sdist"], cwd=tree / "src", env={**os.environ, "FASTVLM_LOSS_CPP": "0"},
@@ -86,7 +88,7 @@ def test_an_sdist_made_without_torch_holds_the_cpp_sources(tree):
     )  # fmt: skip
     with tarfile.open(next((tree / "src" / "dist").glob("*.tar.gz"))) as archive:
         names = archive.getnames()
-    for path in (*ROOT.glob("csrc/*"), *ROOT.glob("kernels/**/*.py")):
+    for path in (*ROOT.glob("csrc/*"), *ROOT.glob("kernels/**/*.py"), *ROOT.glob("configs/*")):
         assert any(name.endswith("/" + str(path.relative_to(ROOT))) for name in names), path
 
 

@@ -5,9 +5,11 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastvlm_loss
 from fastvlm_loss.engine import tile
+from fastvlm_loss.engine.weights import SUMS
 from fastvlm_loss.scores.problem import Problem
 from fastvlm_loss.scores.statistics import Hinge, Softmax, decode
 
@@ -100,11 +102,29 @@ def test_sigmoid_total_equals_the_dense_score_matrix(weighted, monkeypatch):
         for backend in ("dense", "torch"):
             with fastvlm_loss.backend(backend):
                 problem = Problem.of(x, y, scale, bias, **given)
-                problem = problem.weighted(row.detach(), col.detach()) if weighted else problem
-                value = tile.sigmoid(problem)
-                results.append((value, *torch.autograd.grad(value, (x, y, scale, bias))))
+                problem = problem.weighted(row, col) if weighted else problem
+                value, weights = tile.sigmoid(problem), (row, col) if weighted else ()
+                results.append((value, *torch.autograd.grad(value, (x, y, scale, bias, *weights))))
         for a, b in zip(*results, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+def test_sums_of_losses_are_made_only_for_weights_that_are_learned():
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, called, types, given=(), options=None):
+            if called is SUMS:
+                needed.append(given[-2:])
+            return called(*given, **(options or {}))
+
+    x, y, scale, bias, row, col, *_ = features(9, 9)
+    for weights in ((None, None), (row.detach(), None), (row, None), (row.detach(), col), (row, col)):
+        needed, learned = [], tuple(w is not None and w.requires_grad for w in weights)
+        with Calls(), fastvlm_loss.backend("torch"):
+            value = fastvlm_loss.siglip_loss(x, y, scale, bias, image_weights=weights[0], text_weights=weights[1])
+            value.backward()
+            with torch.no_grad():
+                fastvlm_loss.siglip_loss(x, y, scale, bias, image_weights=weights[0], text_weights=weights[1])
+        assert needed == ([learned] if any(learned) else [])
 
 
 def test_sigmoid_gradients_are_made_once_and_scaled():

@@ -16,8 +16,11 @@ from ..scores.statistics import LN2, Hinge, Sigmoid, Softmax
 __all__ = ["finished", "selected", "total"]
 
 
-def finished(problem: Problem, statistic: Softmax | Hinge) -> tuple[Tensor, ...]:
-    """What `finish` of the statistic returns for the whole problem, differentiable, and at the end its state."""
+def finished(problem: Problem, statistic: Softmax | Hinge, everyone: bool = False) -> tuple[Tensor, ...]:
+    """What `finish` of the statistic returns for the whole problem, differentiable, and at the end its state.
+
+    With `everyone` a sample without target has the log-sum-exp of its candidates.
+    """
     s, hit, live = _scores(problem, statistic)
     t = _second(problem) if isinstance(statistic, Softmax) and statistic.teacher else None
     row, col = (problem.row_factor, problem.col_factor) if statistic.factor else (None, None)
@@ -27,7 +30,9 @@ def finished(problem: Problem, statistic: Softmax | Hinge) -> tuple[Tensor, ...]
     if statistic.cols:
         out = _beyond(problem, statistic, hit, 1)
         sides.append(_Side(s.T, hit.T, (live & ~out).T, None if t is None else t.T, col))
-    parts = [side.hinges() if isinstance(statistic, Hinge) else side.softmax(problem, statistic) for side in sides]
+    parts = [
+        side.hinges() if isinstance(statistic, Hinge) else side.softmax(problem, statistic, everyone) for side in sides
+    ]
     states = [side.state(statistic) for side in sides]
     return tuple(torch.cat(list(vectors), -1) for vectors in [*zip(*parts, strict=True), states])
 
@@ -110,10 +115,10 @@ class _Side:
     teacher: Tensor | None
     factor: Tensor | None
 
-    def softmax(self, problem: Problem, statistic: Softmax) -> tuple[Tensor, ...]:
+    def softmax(self, problem: Problem, statistic: Softmax, everyone: bool) -> tuple[Tensor, ...]:
         s, hit, live = self.s, self.hit, self.live
         targets, negative = hit.sum(1), live & ~hit
-        known = (targets > 0) & (negative.any(1) if statistic.hardness else True)
+        known = ((targets > 0) | everyone) & (negative.any(1) if statistic.hardness else True)
         s = torch.where(known[:, None], s, 0.0)  # a row without target has no loss: keep its -inf out of autograd
         if self.factor is not None:
             s = s * self.factor[:, None]

@@ -16,7 +16,7 @@ from ..scores.selection import Selection, join
 from ..scores.statistic import Statistic
 from ..scores.statistics import LN2, Sigmoid, gradient_dtype
 
-__all__ = ["gradient", "statistics", "sweep", "unit"]
+__all__ = ["gradient", "statistics", "sums", "sweep", "unit"]
 
 # rows and columns of a tile: large enough for the library product, small enough for a few copies of it in cache
 TILE = {"cpu": 1024, "cuda": 4096}
@@ -92,6 +92,22 @@ def sweep(
         total += statistic.value(tile.to_row, tile.hit, row, col).sum()
         sums.add(statistic.gradient(tile.to_row, tile.hit, row, col), tile.products, r, c)
     return (total * LN2, *sums.finished(gradient_dtype(problem.x.dtype))[:4])
+
+
+def sums(problem: Problem, statistic: Sigmoid, need_rows: bool, need_cols: bool) -> tuple[Tensor, Tensor]:
+    """Sums of the losses in nats along rows `[M]` and columns `[N]`, each times the other side's weight; or empty."""
+    assert problem.row_factor is not None and problem.col_factor is not None
+    rows, cols = (problem.x.shape[0] if need_rows else 0), (problem.y.shape[0] if need_cols else 0)
+    of_rows, of_cols = problem.scale.new_zeros(rows), problem.scale.new_zeros(cols)
+    none = problem.scale.new_empty((0, 0))
+    for r, c in _tiles(problem):
+        tile = _Tile.of(problem, statistic, _products(problem, r, c), r, c)
+        loss = statistic.value(tile.to_row, tile.hit, none, none)
+        if need_rows:
+            of_rows[r] += (loss * problem.col_factor[c]).sum(1)
+        if need_cols:
+            of_cols[c] += (loss * problem.row_factor[r, None]).sum(0)
+    return of_rows * LN2, of_cols * LN2
 
 
 class _Sums:

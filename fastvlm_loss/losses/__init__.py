@@ -5,6 +5,7 @@ from ._negatives import BatchNegatives
 from ._spec import Learned, LossSpec, documented, parameters, registry
 from .caption import caption_loss, vqa_loss
 from .clip import clip_loss
+from .graded import graded_clip_loss
 from .hard_negative import hard_negative_clip_loss
 from .itm import ITMBatch, itm_batch, itm_loss
 from .late_interaction import late_interaction_loss
@@ -18,7 +19,7 @@ from .triplet import triplet_loss
 
 __all__ = [
     "BatchMetrics", "BatchNegatives", "ITMBatch", "Learned", "LossSpec", "MultiscaleScores", "caption_loss",
-    "clip_loss", "documented", "hard_negative_clip_loss", "itm_batch", "itm_loss", "late_interaction_loss",
-    "linear_cross_entropy", "margin_clip_loss", "multiscale_itm", "multiscale_itm_loss", "parameters", "registry",
-    "relevance_clip_loss", "siglip_loss", "soft_target_clip_loss", "triplet_loss", "vqa_loss",
+    "clip_loss", "documented", "graded_clip_loss", "hard_negative_clip_loss", "itm_batch", "itm_loss",
+    "late_interaction_loss", "linear_cross_entropy", "margin_clip_loss", "multiscale_itm", "multiscale_itm_loss",
+    "parameters", "registry", "relevance_clip_loss", "siglip_loss", "soft_target_clip_loss", "triplet_loss", "vqa_loss",
 ]  # fmt: skip

@@ -20,7 +20,7 @@ from ._metrics import BatchMetrics
 from ._negatives import BatchNegatives
 from ._reduce import DIRECTIONS, REDUCTIONS, combine, sample_weights, unit_features
 
-__all__ = ["Batch", "Options", "SampleOptions", "one_process", "sharding_of"]
+__all__ = ["Batch", "Options", "SampleOptions", "insist", "insist_on", "sharding_of"]
 
 
 class SampleOptions(TypedDict, total=False):
@@ -38,6 +38,7 @@ class SampleOptions(TypedDict, total=False):
     negatives: BatchNegatives | None
     group: object
     check_finite: bool
+    strict: bool
 
 
 class Options(SampleOptions, total=False):
@@ -65,7 +66,8 @@ class Batch:
         text_ids: Tensor | None = None, filters: Filter | Sequence[Filter] | None = None,
         image_weights: Tensor | None = None, text_weights: Tensor | None = None, directions: str = "both",
         normalize: bool = False, reduction: str = "mean", metrics: BatchMetrics | None = None,
-        negatives: BatchNegatives | None = None, group: object = None, check_finite: bool = False, **unknown: object,
+        negatives: BatchNegatives | None = None, group: object = None, check_finite: bool = False,
+        strict: bool = False, positives: str = "mask", **unknown: object,
     ) -> Batch:  # fmt: skip
         """Check the public arguments."""
         for name in unknown:
@@ -89,10 +91,12 @@ class Batch:
             image_features, text_features, logit_scale, logit_bias,
             labels=labels, image_ids=image_ids, text_ids=text_ids, check_finite=check_finite,
             sharding=sharding_of(
-                group, labels, image_ids, text_ids, image_weights, text_weights, logit_bias, filters, directions,
-                reduction,
+                group, labels, image_ids, text_ids, image_weights, text_weights, logit_bias, filters, metrics,
+                negatives, directions, reduction, positives, bool(normalize), bool(strict), bool(check_finite),
             ),
         )  # fmt: skip
+        if check.flag("strict", strict):
+            insist(problem, positives, directions)
         m, n = problem.m, problem.n
         if reduction == "none" and directions == "both" and m != n:
             raise ValueError(f"reduction: got 'none' for {m} images and {n} texts, wanted one direction, or M = N")
@@ -128,15 +132,28 @@ class Batch:
         return shard.collectives.own(loss, shard.cols if self.directions == "text" else shard.rows)
 
 
+def insist(problem: Problem, positives: str, directions: str) -> None:
+    """Raise unless every image and text that takes part has a positive (synchronises on a GPU)."""
+    counts = problem.targets() if positives == "mask" else problem.positives()
+    insist_on(counts, (problem.row_id, problem.col_id), directions)
+
+
+def insist_on(
+    counts: tuple[Tensor | None, Tensor | None], of: tuple[Tensor | None, Tensor | None], directions: str
+) -> None:
+    """The same, from how many each has (None: one) and the ids `of` them."""
+    for name, count, ids, other in zip(("images", "texts"), counts, of, ("text", "image"), strict=True):
+        if count is None or directions == other:
+            continue
+        lost = count == 0 if ids is None else (count == 0) & (ids != -1)
+        if bool(lost.any()):
+            found = f"{int(lost.sum())} of {lost.shape[0]} {name} without a positive, the first at index"
+            raise ValueError(f"strict: got {found} {int(lost.int().argmax())}, wanted one for each")
+
+
 def sharding_of(group: object, *options: object) -> Callable[[Tensor, Tensor], Shard] | None:
     """How features find their place in a group; which options are given must agree in all its processes."""
     if group is None:
         return None
-    given = [option if isinstance(option, str) else option is None for option in options]
+    given = [option if isinstance(option, (str, bool, int, float)) else option is None for option in options]
     return lambda x, y: shard_of(group, x, y, given)
-
-
-def one_process(group: object) -> None:
-    """Raise unless `group` is None."""
-    if group is not None:
-        raise ValueError(f"group: got {type(group).__name__}, wanted None (one process; gather the features yourself)")

@@ -68,7 +68,7 @@ class BatchMetrics:
             if share > MUCH:
                 warnings.warn(
                     f"filters: with the ids they took out {share:.0%} of the negatives, more than {MUCH:.0%}",
-                    stacklevel=4,
+                    stacklevel=5,
                 )
 
     def __repr__(self) -> str:

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..distributed import group_of
+from ..distributed import eager_in_group, group_of
 from ..scores import check
 from ._spec import Learned, LossSpec, register
 from .linear_ce import _oracle as dense
@@ -20,6 +20,7 @@ from .linear_ce import linear_cross_entropy
 __all__ = ["caption_loss", "vqa_loss"]
 
 
+@eager_in_group
 def caption_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -69,6 +70,7 @@ def caption_loss(
     )  # fmt: skip
 
 
+@eager_in_group
 def vqa_loss(
     hidden: Tensor,
     weight: Tensor,

@@ -12,6 +12,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from ..distributed import eager_in_group
 from ..scores import check
 from ..scores.filters import Filter, absolute
 from ._batch import Batch
@@ -25,6 +26,7 @@ __all__ = ["clip_loss"]
 POSITIVES = ("mask", "out", "in")
 
 
+@eager_in_group
 def clip_loss(
     image_features: Tensor,
     text_features: Tensor,
@@ -46,6 +48,7 @@ def clip_loss(
     negatives: BatchNegatives | None = None,
     group: object = None,
     check_finite: bool = False,
+    strict: bool = False,
 ) -> Tensor:
     """Contrastive loss of CLIP (InfoNCE in both directions) without the M x N score matrix.
 
@@ -83,6 +86,8 @@ def clip_loss(
             as it has, and the same options; labels are indices into the group's texts. All return the group's loss, and
             DDP's mean of the gradients is that of the whole batch (docs/distributed.md).
         check_finite: raise on NaN or infinity in the features, naming the row (synchronises on a GPU).
+        strict: raise if an image or text has no positive in its direction, instead of dropping it there, naming the
+            first (synchronises on a GPU). An id of -1 takes part in nothing and needs none.
 
     Returns:
         fp32 scalar (fp64 for fp64 features), or per-sample losses for reduction="none". Differentiable in features,
@@ -102,7 +107,7 @@ def clip_loss(
         image_features, text_features, logit_scale, logit_bias, labels=labels, image_ids=image_ids, text_ids=text_ids,
         filters=filters, image_weights=image_weights, text_weights=text_weights, directions=directions,
         normalize=normalize, reduction=reduction, metrics=metrics, negatives=negatives, group=group,
-        check_finite=check_finite,
+        check_finite=check_finite, strict=strict, positives=positives,
     )  # fmt: skip
     t = batch.softmax(gap=eps > 0, positives=positives)
     return batch.reduce(t.nll if t.gap is None else t.nll + eps * t.gap, t)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from ..distributed import eager_in_group
 from ..engine import tile
 from ..scores import check
 from ._batch import Batch, Options
@@ -23,6 +24,7 @@ from ._spec import LossSpec, register
 __all__ = ["hard_negative_clip_loss"]
 
 
+@eager_in_group
 def hard_negative_clip_loss(
     image_features: Tensor,
     text_features: Tensor,
@@ -48,7 +50,7 @@ def hard_negative_clip_loss(
         detach_weights: no gradient through the weights. False, as published, lets it through: easy negatives are then
             pulled in a little.
         **options: labels, image_ids, text_ids, filters, image_weights, text_weights, directions, normalize, reduction,
-            metrics, negatives, group, check_finite as of `clip_loss`. A sample without a negative is dropped.
+            metrics, negatives, group, check_finite, strict as of `clip_loss`. A sample without a negative is dropped.
 
     Returns:
         fp32 scalar (fp64 for fp64 features), or per-sample losses for reduction="none". Differentiable in features,

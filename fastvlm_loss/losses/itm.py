@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..distributed import eager_in_group, group_of, shard_of
 from ..scores import check
 from ..scores.negatives import HardNegatives
 from ..scores.philox import WORD, halves, philox
@@ -30,6 +31,8 @@ LAST = 2**32  # above every random word
 class ITMBatch(NamedTuple):
     """Pairs for image-text matching: first the positives, then those with a negative; `n` of them, on any draw.
 
+    In a group of processes the indices are the group's, and M and N its numbers of images and texts.
+
     Attributes:
         image_index: int64 `[n]`; from M on it is slot `image_index - M` of the queue of images.
         text_index: int64 `[n]`; from N on it is slot `text_index - N` of the queue of texts.
@@ -43,12 +46,14 @@ class ITMBatch(NamedTuple):
     weights: Tensor
 
 
+@eager_in_group
 def itm_loss(
     logits: Tensor,
     labels: Tensor,
     weights: Tensor | None = None,
     *,
     reduction: Literal["mean", "sum", "none"] = "mean",
+    group: object = None,
     check_finite: bool = False,
 ) -> Tensor:
     """Cross-entropy of match logits, of class 0 (no match) and class 1 (match).
@@ -61,6 +66,8 @@ def itm_loss(
         labels: int or bool `[n]`, 1 for a match, 0 for none; -1 takes a pair out, whatever its logits.
         weights: floating `[n]`, or None for ones.
         reduction: "mean", the weighted mean sum w l / sum w, 0 where no pair has weight; "sum" of w l, or "none".
+        group: None, or a process group or `DeviceMesh` dimension: mean and sum are over the pairs of all its processes,
+            as many as each has, and DDP's mean of the gradients is that of one process with all of them.
         check_finite: whether NaN or infinity in logits or weights raises (synchronises).
 
     Returns:
@@ -89,16 +96,22 @@ def itm_loss(
             check.finite("weights", w)
     wide = logits.to(dtype)
     logit = wide[..., 1] - wide[..., 0]
-    return match_loss(logit if logit.dim() == 1 else logit.mean(1), match, w, reduction)
+    return match_loss(logit if logit.dim() == 1 else logit.mean(1), match, w, reduction, group)
 
 
-def match_loss(logit: Tensor, labels: Tensor, weights: Tensor | None, reduction: str) -> Tensor:
+def match_loss(logit: Tensor, labels: Tensor, weights: Tensor | None, reduction: str, group: object = None) -> Tensor:
     """The loss of x_1 - x_0 `[n]`, checked; labels -1, 0 or 1."""
     present = labels >= 0
-    margin = torch.where(present, torch.where(labels > 0, logit, -logit), 0.0)
-    return combine(-F.logsigmoid(margin), present.to(logit.dtype), (logit.shape[0], 0), (weights, None), reduction)
+    known, lengths = present.to(logit.dtype), (logit.shape[0], 0)
+    losses = -F.logsigmoid(torch.where(present, torch.where(labels > 0, logit, -logit), 0.0))
+    if group is None or reduction == "none":
+        return combine(losses, known, lengths, (weights, None), reduction)
+    weight = known if weights is None else known * weights
+    sums = group_of(group).total(torch.stack([(losses * weight).sum(), weight.sum()]))
+    return sums[0] if reduction == "sum" else sums[0] / torch.where(sums[1] == 0, 1.0, sums[1])
 
 
+@eager_in_group
 @torch.no_grad()
 def itm_batch(
     negatives: HardNegatives,
@@ -108,6 +121,7 @@ def itm_batch(
     seed: int | None = None,
     step: int | Tensor | None = None,
     labels: Tensor | None = None,
+    group: object = None,
 ) -> ITMBatch:
     """The pairs of a batch and their weights: positives, wrong images and wrong texts.
 
@@ -134,6 +148,10 @@ def itm_batch(
             index. An image with the label -1 is no anchor: its slots hold it with text 0, at weight 0; nor is one
             whose id, or whose text's id, was -1, or whose features were not finite. Images of one text share its
             negative images.
+        group: None, or the group of `hard_negatives` or of the loss with `negatives=`: the anchors are those of all its
+            processes, whose indices, numbers, order and weights are those of one process with the whole batch. Returned
+            are the pairs of the own images. `fastvlm_loss.distributed.gathered` fetches what the indices stand for,
+            and `itm_loss` takes the group too.
 
     Returns:
         `ITMBatch`, on the device of the negatives; empty if there are no texts.
@@ -152,17 +170,29 @@ def itm_batch(
     if mode == "sample":
         check.draw(seed, step, "mode='sample'")
     of_text, of_image = negatives.text_index, negatives.image_index
+    text_valid, image_valid = negatives.text_valid, negatives.image_valid
+    image_in, text_in, rows = negatives.image_in, negatives.text_in, slice(None)
+    shard = None
+    if group is not None:
+        told = mode, tuple(composition), seed, labels is None, image_in is None, text_in is None
+        shard = shard_of(group, of_text, of_image, told)
+    target = _target("labels", labels, of_text, of_image, False, shard)
+    if shard is not None:  # a few numbers of each anchor, so that what follows is what one process does
+        rows, of_rows, of_cols = shard.own_rows, shard.gather_rows, shard.gather_cols
+        of_text, text_valid, of_image, image_valid = (
+            of_rows(of_text), of_rows(text_valid), of_cols(of_image), of_cols(image_valid)
+        )  # fmt: skip
+        image_in, text_in = (None if t is None else of(t) for t, of in ((image_in, of_rows), (text_in, of_cols)))
     (m, k), n = of_text.shape, of_image.shape[0]
-    target = _target("labels", labels, of_text, of_image, False)
     here = torch.arange(m, device=of_text.device)
     if not n:
         none = here[:0]
         return ITMBatch(none, none, none, none.to(torch.float32))
     own = here if target is None else target
     anchor, own = own >= 0, own.clamp(min=0)
-    if negatives.image_in is not None and negatives.text_in is not None:
-        anchor = anchor & negatives.image_in & negatives.text_in[own]
-    has_text, has_image = negatives.text_valid & anchor[:, None], negatives.image_valid[own] & anchor[:, None]
+    if image_in is not None and text_in is not None:
+        anchor = anchor & image_in & text_in[own]
+    has_text, has_image = text_valid & anchor[:, None], image_valid[own] & anchor[:, None]
     count, total = anchor.sum().to(torch.float32), m + m * k * (1 if mode == "sample" else 2)
     if mode == "sample":
         assert seed is not None and step is not None
@@ -177,24 +207,17 @@ def itm_batch(
         if mode == "albef":
             positive, image_share, text_share = (part / (1 + 2 * k) for part in (1, k, k))
         image_mass, text_mass = (share * total * count for share in (image_share, text_share))
-    picked = [(torch.where(a, of_image[own], here[:, None]), torch.where(b, of_text, own[:, None])) for a, b in blocks]
-    wrong_image, wrong_text = (torch.cat([b[side].flatten() for b in blocks]) for side in (0, 1))
-    images, texts = wrong_image.sum(), wrong_text.sum()
-    weights = torch.cat(
-        [
-            anchor * (positive * total / count.clamp(min=1)),
-            wrong_image * _each(image_mass, text_mass, images, texts, count)
-            + wrong_text * _each(text_mass, image_mass, texts, images, count),
-        ]
-    ) * (images + texts > 0)
-    if m and check.readable(weights) and not bool(weights.any()):
-        warnings.warn("negatives: got none that is valid, all weights are 0: no matching in this step", stacklevel=3)
-    return ITMBatch(
-        torch.cat([here, *(image.flatten() for image, _ in picked)]),
-        torch.cat([own, *(text.flatten() for _, text in picked)]),
-        torch.cat([torch.ones_like(here), (~(wrong_image | wrong_text)).to(torch.int64)]),
-        weights,
-    )
+    images, texts = (torch.stack([b[side].sum() for b in blocks]).sum() for side in (0, 1))
+    of_image_weight = _each(image_mass, text_mass, images, texts, count)
+    of_text_weight = _each(text_mass, image_mass, texts, images, count)
+    some = images + texts > 0
+    parts = [(here, own, torch.ones_like(here), anchor * (positive * total / count.clamp(min=1)) * some)]
+    for a, b in blocks:
+        image, text = torch.where(a, of_image[own], here[:, None]), torch.where(b, of_text, own[:, None])
+        parts.append((image, text, (~(a | b)).to(torch.int64), (a * of_image_weight + b * of_text_weight) * some))
+    if m and check.readable(some) and not bool(some):
+        warnings.warn("negatives: got none that is valid, all weights are 0: no matching in this step", stacklevel=4)
+    return ITMBatch(*(torch.cat([part[side][rows].flatten() for part in parts]) for side in range(4)))
 
 
 def _each(mass: Tensor, other_mass: Tensor, number: Tensor, others: Tensor, count: Tensor) -> Tensor:

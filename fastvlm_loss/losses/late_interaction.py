@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..distributed import eager_in_group, shard_of
 from ..engine import interaction as engine
 from ..scores import check
 from ..scores.interaction import Interaction, Tokens
-from ._batch import Batch, one_process
+from ._batch import Batch, insist
 from ._metrics import BatchMetrics
 from ._oracle import entries, log_sum, mean_of, some_ids, some_weights
 from ._reduce import unit
@@ -27,6 +28,7 @@ from .clip import POSITIVES
 __all__ = ["late_interaction_loss"]
 
 
+@eager_in_group
 def late_interaction_loss(
     image_tokens: Tensor,
     text_tokens: Tensor,
@@ -49,8 +51,9 @@ def late_interaction_loss(
     normalize: bool = False,
     reduction: Literal["mean", "sum", "none"] = "mean",
     metrics: BatchMetrics | None = None,
-    group: None = None,
+    group: object = None,
     check_finite: bool = False,
+    strict: bool = False,
 ) -> Tensor:
     """Contrastive loss of token sets: every token's best match on the other side, without the scores of the pairs.
 
@@ -80,7 +83,8 @@ def late_interaction_loss(
         labels, image_ids, text_ids, positives, label_smoothing, image_weights, text_weights, directions: as of
             `clip_loss`; they are those of whole images and texts.
         normalize: L2-normalise every token first (differentiably).
-        reduction, metrics, group, check_finite: as of `clip_loss`.
+        reduction, metrics, group, check_finite, strict: as of `clip_loss`. With a group T is the same in all its
+            processes, P need not be; the tokens of all texts are gathered in each.
 
     Returns:
         fp32 scalar (fp64 for fp64 tokens), or per-sample losses for reduction="none". Differentiable in tokens, scale,
@@ -105,7 +109,9 @@ def late_interaction_loss(
                 f"{name}_relevance: got a value beside directions={other!r}, which has no scores of the {name}s' own, "
                 "wanted None"
             )
-    one_process(group)
+    if group is not None:  # what `Batch.of` does not see
+        given = [t is None for t in (image_mask, text_mask, image_relevance, text_relevance)]
+        shard_of(group, images.first(), texts.first(), texts.features.shape[1], interaction, given)
     unit_tokens = check.flag("normalize", normalize)
     if check.flag("check_finite", check_finite):
         images.check_finite()
@@ -116,12 +122,15 @@ def late_interaction_loss(
         metrics=metrics, group=group, check_finite=check_finite,
     )  # fmt: skip
     x, y = (unit(t) if unit_tokens else t for t in (images.filled(), texts.filled()))
+    tokens = Interaction.of(batch.problem, images, texts, x, y, summed=interaction == "colbert")
+    if check.flag("strict", strict):
+        insist(tokens.pairs, positives, directions)
     t = engine.softmax(
-        Interaction.of(batch.problem, images, texts, x, y, summed=interaction == "colbert"), gap=eps > 0,
-        rows=directions != "text", cols=directions != "image", positives=positives, hardest=metrics is not None,
+        tokens, gap=eps > 0, rows=directions != "text", cols=directions != "image", positives=positives,
+        hardest=metrics is not None,
     )  # fmt: skip
     if metrics is not None:
-        metrics.fill(t, x.shape[0], y.shape[0], filters=False)
+        metrics.fill(t, tokens.pairs.m, tokens.pairs.n, filters=False)
     return batch.reduce(t.nll if t.gap is None else t.nll + eps * t.gap, t)
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..distributed import group_of
+from ..distributed import eager_in_group, group_of
 from ..engine import tile
 from ..scores import check
 from ..scores.problem import Problem
@@ -26,6 +26,7 @@ from ._spec import Learned, LossSpec, register
 __all__ = ["linear_cross_entropy"]
 
 
+@eager_in_group
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Unpack
 
+from ..distributed import eager_in_group
 from ..engine.ops import no_autocast
 from ..scores import check
 from ._batch import Batch, Options
@@ -27,6 +28,7 @@ SAMPLE = 512  # texts whose similarities stand for those of all
 QUANTILE = 0.7
 
 
+@eager_in_group
 def margin_clip_loss(
     image_features: Tensor,
     text_features: Tensor,
@@ -53,7 +55,8 @@ def margin_clip_loss(
             percentile of R, over up to 512 evenly spaced texts.
         label_smoothing: as of `clip_loss`.
         **options: labels, image_ids, text_ids, filters, image_weights, text_weights, directions, normalize, reduction,
-            metrics, group, check_finite as of `clip_loss`; filters without features of their own, and no `negatives`.
+            metrics, group, check_finite, strict as of `clip_loss`; filters without features of their own, and no
+            `negatives`.
 
     Returns:
         fp32 scalar (fp64 for fp64 features), or per-sample losses for reduction="none". Differentiable in features,

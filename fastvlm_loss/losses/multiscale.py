@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..distributed import eager_in_group
 from ..engine.pair_products import pair_products
 from ..scores import check
 from ._reduce import REDUCTIONS
@@ -131,6 +132,7 @@ def multiscale_itm(
     return MultiscaleScores(torch.where(valid, s, 0.0), valid)
 
 
+@eager_in_group
 def multiscale_itm_loss(
     patch_features: Tensor,
     text_features: Tensor,
@@ -145,6 +147,7 @@ def multiscale_itm_loss(
     floor: float = 0.05,
     patch_mask: Tensor | None = None,
     reduction: Literal["mean", "sum", "none"] = "mean",
+    group: object = None,
     check_finite: bool = False,
 ) -> Tensor:
     """Matching loss of the scores of `multiscale_itm` on given pairs.
@@ -158,7 +161,8 @@ def multiscale_itm_loss(
         logit_scale, logit_bias: eta and b of the match logit eta S + b, tensors `[]` or `[1]` to be learned, which
             begin at 10 and -5; numbers otherwise.
         patch_relevance, mode, sharpness, relevance_weight, floor, patch_mask, check_finite: as of `multiscale_itm`.
-        reduction: as of `itm_loss`.
+        reduction, group: as of `itm_loss`. With a group features are what the pairs' indices point into: for those of
+            `itm_batch(..., group=group)` the group's, of `fastvlm_loss.distributed.gathered`.
 
     Returns:
         fp32 scalar (fp64 for fp64 features), or of each pair for reduction="none". Differentiable in patches, texts,
@@ -182,7 +186,7 @@ def multiscale_itm_loss(
     weights = check.vector("weights", pairs.weights, n, scores, scores.dtype)
     scale = check.scalar("logit_scale", logit_scale, scores, scores.dtype)
     logit = scale * scores + check.scalar("logit_bias", logit_bias, scores, scores.dtype)
-    return match_loss(logit, torch.where(valid, labels, -1), weights, reduction)
+    return match_loss(logit, torch.where(valid, labels, -1), weights, reduction, group)
 
 
 def _features(patches: object, texts: object) -> tuple[Tensor, Tensor]:

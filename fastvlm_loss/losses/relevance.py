@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from ..distributed import eager_in_group
 from ..scores import check
 from ._batch import Batch, Options
 from ._oracle import entries, log_sum, matrix, mean_of, sides_of, some_ids
@@ -27,6 +28,7 @@ __all__ = ["relevance_clip_loss"]
 LOW, HIGH = 0.25, 4.0
 
 
+@eager_in_group
 def relevance_clip_loss(
     image_features: Tensor,
     text_features: Tensor,
@@ -65,7 +67,8 @@ def relevance_clip_loss(
         regularizer: >= 0.1, the weight of mean (log r)^2.
         label_smoothing: as of `clip_loss`.
         **options: labels, image_ids, text_ids, filters, image_weights, text_weights, directions, normalize, reduction,
-            metrics, negatives, group, check_finite as of `clip_loss`. Weights multiply the relevance in mode "weight".
+            metrics, negatives, group, check_finite, strict as of `clip_loss`. Weights multiply the relevance in mode
+            "weight".
 
     Returns:
         fp32 scalar (fp64 for fp64 features), or per-sample losses for reduction="none". Differentiable in features,
@@ -112,8 +115,6 @@ def relevance_clip_loss(
             raise ValueError(
                 "negatives: got them beside scope='shared', whose scores are scaled, wanted hard_negatives(...)"
             )
-        if p.shard is not None:
-            raise ValueError("group: got one beside scope='shared', wanted None, or scope 'anchor' or 'row'")
         batch = batch.but(problem=batch.problem.tempered_rows(rows))
     elif scope == "row":
         batch = batch.but(problem=batch.problem.weighted(rows, None))
@@ -152,7 +153,7 @@ def _normalised(name: str, r: Tensor, present: Tensor | None) -> Tensor:
     r = torch.where((r >= 0) & (r < torch.inf), r, 0.0)
     mean = _mean(r, present)
     if r.numel() and check.readable(mean) and float(mean.detach()) == 0:
-        warnings.warn(f"{name}: got no positive value, all count as 1", stacklevel=3)
+        warnings.warn(f"{name}: got no positive value, all count as 1", stacklevel=4)
     r = torch.where(mean > 0, r / torch.where(mean > 0, mean, 1.0), 1.0)
     return r.clamp(LOW, HIGH)
 

@@ -12,17 +12,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..distributed import eager_in_group
 from ..engine import tile
 from ..scores import check
 from ..scores.problem import Problem
 from ._batch import sharding_of
 from ._oracle import entries, matrix, some_ids, some_weights
 from ._reduce import sample_weights, unit_features
-from ._spec import LossSpec, register
+from ._spec import Learned, LossSpec, register
 
 __all__ = ["siglip_loss"]
 
 
+@eager_in_group
 def siglip_loss(
     image_features: Tensor,
     text_features: Tensor,
@@ -55,7 +57,7 @@ def siglip_loss(
         image_ids, text_ids: int `[M]`, `[N]`. Equal ids are matches too, all of them; -1 takes a sample out of the
             loss, not out of the mean. One of them alone serves both, where there are no labels.
         image_weights, text_weights: `[M]`, `[N]`, the loss of pair ij counts image_weights_i * text_weights_j times.
-            Meant to be >= 0; not checked. They must be detached.
+            Meant to be >= 0; not checked. Differentiable, for another product where they are learned.
         normalize: L2-normalise the features first (differentiably).
         reduction: "mean" (the sum over all pairs divided by M, as published, or by the sum of the image weights; no
             weight at all gives 0) or "sum".
@@ -63,7 +65,8 @@ def siglip_loss(
         check_finite: raise on NaN or infinity in the features, naming the row (synchronises on a GPU).
 
     Returns:
-        fp32 scalar (fp64 for fp64 features), differentiable in features, scale and bias; empty batches give 0.
+        fp32 scalar (fp64 for fp64 features), differentiable in features, scale, bias and weights; empty
+        batches give 0.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape, dtype, device or range, named.
@@ -79,9 +82,6 @@ def siglip_loss(
         sharding=sharding_of(group, labels, image_ids, text_ids, image_weights, text_weights, logit_bias, reduction),
     )  # fmt: skip
     weights = sample_weights(problem, image_weights, text_weights, check.flag("check_finite", check_finite))
-    for name, w in zip(("image_weights", "text_weights"), weights, strict=True):
-        if w is not None and w.requires_grad:
-            raise ValueError(f"{name}: got a tensor that requires grad, wanted a detached one")
     if image_weights is not None or text_weights is not None:
         problem = problem.weighted(*weights)
     total = tile.sigmoid(problem)
@@ -121,6 +121,8 @@ SPEC = register(
             {"reduction": "sum", "image_weights": some_weights},
             {"text_ids": some_ids, "image_weights": some_weights, "text_weights": some_weights},
             {"text_ids": some_ids, "normalize": True},
+            {"reduction": "sum", "text_weights": Learned(some_weights)},
+            {"image_weights": Learned(some_weights), "text_weights": Learned(some_weights), "image_ids": some_ids},
         ),
         cost=(1, 3),
     )

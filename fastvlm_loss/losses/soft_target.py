@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from ..distributed import eager_in_group
 from ..scores import check
 from ._batch import Batch, Options
 from ._oracle import entries, log_sum, matrix, mean_of, some_ids, some_weights
@@ -19,6 +20,7 @@ from ._spec import Learned, LossSpec, register
 __all__ = ["soft_target_clip_loss"]
 
 
+@eager_in_group
 def soft_target_clip_loss(
     image_features: Tensor,
     text_features: Tensor,
@@ -50,8 +52,8 @@ def soft_target_clip_loss(
         teacher_grad: whether the teacher's features and scale have gradients (for E = D all products of `clip_loss`
             once more).
         **options: labels, image_ids, text_ids, filters, image_weights, text_weights, directions, normalize (of all
-            features), reduction, metrics, negatives, group, check_finite as of `clip_loss`. What leaves the candidates
-            leaves the teacher's softmax too.
+            features), reduction, metrics, negatives, group, check_finite, strict as of `clip_loss`. What leaves the
+            candidates leaves the teacher's softmax too.
 
     Returns:
         fp32 scalar (fp64 for fp64 features), or per-sample losses for reduction="none". Differentiable in features,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from ..distributed import eager_in_group
 from ..engine import tile
 from ..engine.tile import SoftmaxTile
 from ..scores import check
@@ -27,6 +28,7 @@ __all__ = ["triplet_loss"]
 MINING = ("sum", "max", "selective")
 
 
+@eager_in_group
 def triplet_loss(
     image_features: Tensor,
     text_features: Tensor,
@@ -56,8 +58,8 @@ def triplet_loss(
         reduction: None as published ("sum" over everything; "mean" for "selective"); "mean" averages each direction
             over its anchors, then both; "sum" adds everything; "none" gives the mean of both directions per pair.
         **options: labels, image_ids, text_ids, filters, image_weights, text_weights, directions, normalize, metrics,
-            negatives, group, check_finite as of `clip_loss`. Equal ids are no negatives, -1 takes a sample out; a text
-            with several images compares with their mean; a sample without a negative has loss 0.
+            negatives, group, check_finite, strict as of `clip_loss`. Equal ids are no negatives, -1 takes a sample
+            out; a text with several images compares with their mean; a sample without a negative has loss 0.
 
     Returns:
         fp32 scalar (fp64 for fp64 features), or per-sample losses. Differentiable in features and weights.

@@ -203,8 +203,9 @@ def draw(seed: object, step: object, beside: str) -> tuple[int, int | Tensor]:
 
 
 def readable(value: Tensor) -> bool:
-    """Whether values may be looked at now: they are there, nothing is being traced, and no GPU is waited for."""
-    return value.device.type == "cpu" and not torch.compiler.is_compiling() and not is_fake(value)
+    """Whether values may be looked at now: they are there, of one batch, nothing is traced, no GPU is waited for."""
+    transformed = torch._C._are_functorch_transforms_active()  # by torch.func.vmap, say
+    return value.device.type == "cpu" and not torch.compiler.is_compiling() and not is_fake(value) and not transformed
 
 
 def finite(name: str, value: Tensor) -> None:

@@ -91,6 +91,8 @@ class Interaction:
         y: text tokens `[N, T, D]`, likewise.
         x_weight, y_weight: `[M, P]`, `[N, T]` in the statistics' dtype, with gradient.
         x_padding, y_padding: bool `[M, P]`, `[N, T]`, or None: tokens that are nobody's best match.
+
+    Of a group of processes (`pairs.shard`) these are the own images and texts.
     """
 
     pairs: Problem
@@ -135,12 +137,12 @@ def _without_empty(pairs: Problem, x_padding: Tensor | None, y_padding: Tensor |
         return pairs
     row_id, col_id = pairs.row_id, pairs.col_id
     if row_id is None or col_id is None:  # ids that say no more than the targets do
-        m, n = pairs.x.shape[0], pairs.y.shape[0]
+        m, n = pairs.m, pairs.n
         place = torch.arange(m, device=pairs.x.device)
         row_id = place if pairs.target is None else torch.where(pairs.target >= 0, pairs.target, n + place)
         col_id = torch.arange(n, device=pairs.x.device)
     if x_padding is not None:
-        row_id = row_id.masked_fill(x_padding.all(1), -1)
+        row_id = row_id.masked_fill(pairs.of_rows(x_padding.all(1)), -1)
     if y_padding is not None:
-        col_id = col_id.masked_fill(y_padding.all(1), -1)
+        col_id = col_id.masked_fill(pairs.of_cols(y_padding.all(1)), -1)
     return replace(pairs, target=_without_invalid(pairs.target, row_id, col_id), row_id=row_id, col_id=col_id)

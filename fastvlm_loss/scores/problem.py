@@ -129,6 +129,16 @@ class Problem:
         """Columns, likewise."""
         return self.y.shape[0] if self.shard is None else sum(self.shard.cols)
 
+    @property
+    def own_rows(self) -> slice:
+        """Of all rows those of this process."""
+        return slice(0, self.m) if self.shard is None else self.shard.own_rows
+
+    @property
+    def own_cols(self) -> slice:
+        """Of all columns, likewise."""
+        return slice(0, self.n) if self.shard is None else self.shard.own_cols
+
     def of_rows(self, own: Tensor) -> Tensor:
         """Something of each row: of all rows, differentiably."""
         return own if self.shard is None else self.shard.gather_rows(own)
@@ -156,6 +166,8 @@ class Problem:
         Scale and bias go into the features, <(factor scale x, factor bias), (y, 1)>, and get their gradients there.
         """
         dtype = self.scale.dtype
+        if self.shard is not None:
+            factors = self.shard.collectives.own(factors, self.shard.rows)
         x, y = factors[:, None] * (self.scale * self.x.to(dtype)), self.y.to(dtype)
         if self.bias is not None:
             x = torch.cat([x, (factors * self.bias)[:, None]], 1)
