@@ -229,6 +229,20 @@ def test_the_signature_stays_which_a_trainer_reads():
         assert inspect.signature(tf.CLIPModel.forward) == original
 
 
+@pytest.fixture
+def nobody_before():
+    """Accelerate as in a new process: its state is one for all, and HF's Trainer sets it."""
+
+    def reset():
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+        accelerate.state.GradientState._reset_state()
+
+    reset()
+    yield
+    reset()
+
+
+@pytest.mark.usefixtures("nobody_before")
 def test_accelerate_that_takes_its_wrappers_off_leaves_the_patch():
     net = model("CLIPModel")
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")

@@ -15,7 +15,7 @@ import fastvlm_loss
 from benchmarks.memory import ALLOCATOR
 from fastvlm_loss import late_interaction_loss
 from fastvlm_loss.backends import interaction as chunked
-from fastvlm_loss.engine.interaction import GRADIENT, STATISTICS
+from fastvlm_loss.engine.interaction_ops import GRADIENT, STATISTICS
 from fastvlm_loss.losses import documented, registry
 from fastvlm_loss.scores.interaction import Interaction, Tokens
 from fastvlm_loss.scores.problem import Problem

@@ -6,17 +6,17 @@ What a process makes of a shard is the problem of its own rows with that shard's
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..scores.problem import FIELDS
 from ..scores.selection import Selection, join
 from ..scores.shard import Shard
+from ..scores.travel import home, send_home, travel
 from . import ops
 from .autograd import BIAS, COL_FACTOR, ROW_FACTOR, SCALE, X, Y, gradients
 from .weights import SUMS
@@ -44,32 +44,51 @@ def turns(problem: Fields, shard: Shard) -> Iterator[tuple[slice, Fields]]:
     rows = own_rows(problem, shard)
     mine = rows[TARGET]
     travelling = [k for k in (Y, TEACHER_Y) if rows[k] is not None]
-    held = [_padded(rows[k].detach(), max(shard.cols)) for k in travelling]
-    for turn in range(shard.world):
-        coming = shard.collectives.pass_on(held) if turn + 1 < shard.world else None
-        rank = (shard.rank + turn) % shard.world
-        cols, here = shard.cols_of(rank), list(rows)
+    for cols, held in travel([rows[k] for k in travelling], shard.cols, shard):
+        here = list(rows)
         for k, t in zip(travelling, held, strict=True):
-            here[k] = t[: shard.cols[rank]]
+            here[k] = t
         for k in (COL_ID, COL_FACTOR):
             t = here[k]
             here[k] = None if t is None else t[cols]
         limit = here[COL_LIMIT]
         here[COL_LIMIT] = None if limit is None else limit[:, cols].contiguous()
-        inside = (mine >= cols.start) & (mine < cols.stop)
-        here[TARGET] = torch.where(inside, mine - cols.start, -1)
+        here[TARGET] = target_among(mine, cols)
         yield cols, tuple(here)
-        if coming is not None:
-            held = coming()
+
+
+def target_among(target: Tensor, cols: slice) -> Tensor:
+    """Targets, columns of the whole matrix, as those of a part; -1 for one elsewhere."""
+    return torch.where((target >= cols.start) & (target < cols.stop), target - cols.start, -1)
+
+
+def part(vector: Any, own: int, cols: slice, statistic: Any) -> Any:
+    """Of a vector, or state, of the own rows and all columns that of a part of the columns."""
+    if vector is None:
+        return None
+    columns = vector[..., own:][..., cols] if statistic.cols else vector[..., own:]
+    return torch.cat([vector[..., :own], columns], -1).contiguous()
+
+
+def add(total: list[Any], found: Any, fields: Sequence[int], dtype: torch.dtype) -> None:
+    """Add these fields to the sums so far, in a wide dtype."""
+    for k in fields:
+        wide = found[k].to(dtype)
+        total[k] = wide if total[k] is None else total[k] + wide
 
 
 def states(problem: Fields, shard: Shard, backend: str, statistic: Any) -> Tensor:
     """States `[fields, own rows + N]` of the own rows, and of all columns from the own rows."""
-    own = shard.rows[shard.rank] if statistic.rows else 0
+    how = statistic.name, statistic.flags, False
+    made = ((cols, ops.STATISTICS[backend](*here, None, *how)[2]) for cols, here in turns(problem, shard))
+    return merged(made, shard.rows[shard.rank] if statistic.rows else 0, statistic)
+
+
+def merged(made: Iterable[tuple[slice, Tensor]], own: int, statistic: Any) -> Tensor:
+    """One state of the own rows and all columns, from those of the own rows with each part of the columns."""
     of_rows: Any = None
     of_cols: dict[int, Tensor] = {}
-    for cols, here in turns(problem, shard):
-        state = ops.STATISTICS[backend](*here, None, statistic.name, statistic.flags, False)[2]
+    for cols, state in made:
         part = state[:, :own].clone()
         if statistic.hardest:  # whose index counts from the shard's columns
             part[-3] += cols.start
@@ -87,27 +106,16 @@ def gradients_of(
     own = shard.rows[shard.rank] if statistic.rows else 0
     total: list[Any] = [None] * FIELDS
     sent: Any = None
-    home = [k for k in (Y, TEACHER_Y) if needs[k]]
-
-    def part(vector: Tensor, cols: slice) -> Tensor:
-        columns = vector[..., own:][..., cols] if statistic.cols else vector[..., own:]
-        return torch.cat([vector[..., :own], columns], -1)
-
+    of_cols = [k for k in (Y, TEACHER_Y) if needs[k]]
     for cols, here in turns(problem, shard):
-        counts = None if targets is None else part(targets, cols)
-        cotangents = [part(c, cols).contiguous() for c in given]
-        own_state, nothing = part(state, cols).contiguous(), state.new_empty(0)
-        found: list[Any] = gradients(here, counts, own_state, nothing, cotangents, backend, statistic, needs)
-        for k in (X, SCALE, BIAS, TEACHER_X, TEACHER_SCALE):
-            if needs[k]:
-                wide = found[k].to(problem[SCALE].dtype)
-                total[k] = wide if total[k] is None else total[k] + wide
-        sums = [_padded(found[k].to(state.dtype), max(shard.cols)) for k in home]
-        if home:
-            sums = sums if sent is None else [a + b for a, b in zip(sums, sent(), strict=True)]
-            sent = shard.collectives.pass_on(sums)
-    for k, t in zip(home, sent() if home else [], strict=True):
-        total[k] = t[: shard.cols[shard.rank]]
+        counts, here_state, *cotangents = (part(t, own, cols, statistic) for t in (targets, state, *given))
+        nothing = state.new_empty(0)
+        found: list[Any] = gradients(here, counts, here_state, nothing, cotangents, backend, statistic, needs)
+        add(total, found, [k for k in (X, SCALE, BIAS, TEACHER_X, TEACHER_SCALE) if needs[k]], state.dtype)
+        if of_cols:
+            sent = send_home([found[k].to(state.dtype) for k in of_cols], sent, shard.cols, shard)
+    for k, t in zip(of_cols, home(sent, shard.cols, shard), strict=True):
+        total[k] = t
     return [None if t is None else t.to(problem[k].dtype) for k, t in enumerate(total)]
 
 
@@ -118,13 +126,12 @@ def sweep(problem: Fields, shard: Shard, backend: str, needs: tuple[bool, ...]) 
     for _, here in turns(problem, shard):
         made = list(ops.SWEEP[backend](*here, *needs[:2], any(needs[2:4])))
         if needs[Y]:
-            sums = _padded(made[2], max(shard.cols))
-            sent = shard.collectives.pass_on([sums if sent is None else sums + sent()[0]])
+            sent = send_home(made[2:3], sent, shard.cols, shard)
         for k in (0, 1, 3, 4):
             total[k] = made[k] if total[k] is None else total[k] + made[k]
         total[2] = made[2]
     if needs[Y]:
-        total[2] = sent()[0][: shard.cols[shard.rank]]
+        (total[2],) = home(sent, shard.cols, shard)
     return total
 
 
@@ -158,7 +165,3 @@ def select(problem: Fields, shard: Shard, backend: str, statistic: Any, selectio
         of_cols[cols.start if cols.stop > cols.start else -1 - len(of_cols)] = order[own:], best[own:]
     ordered = [of_cols[at] for at in sorted(of_cols)]
     return torch.cat([of_rows[0], *(o for o, _ in ordered)]), torch.cat([of_rows[1], *(b for _, b in ordered)])
-
-
-def _padded(t: Tensor, rows: int) -> Tensor:
-    return F.pad(t, (0, 0, 0, rows - t.shape[0])).contiguous()

@@ -7,7 +7,6 @@ l^image_i = LSE_j s_ij - sum_j Q^image_ij s_ij      l^text_j = LSE_i s_ij - sum_
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal
 
@@ -18,6 +17,7 @@ from torch import Tensor
 from ..distributed import eager_in_group
 from ..scores import check
 from ..scores.problem import Problem, statistics_dtype
+from ..scores.travel import bags, entries
 from ._batch import Batch, insist_on
 from ._oracle import log_sum, matrix, mean_of, some_weights
 from ._spec import Learned, LossSpec, register
@@ -61,7 +61,7 @@ def graded_clip_loss(
             text that no image has a grade for from the text direction; both stay candidates of the others.
         image_weights, text_weights, directions, normalize, reduction, check_finite, strict: as of `clip_loss`.
         group: as of `clip_loss`; `relevant` numbers the texts of all processes, in the order of their ranks. The texts'
-            features of the group lie in every process until backward, whatever `set_gather_limit` says.
+            features are gathered, or travel, as those of `clip_loss`.
 
     Returns:
         fp32 scalar (fp64 for fp64 features), or per-sample losses for reduction="none". Differentiable in features,
@@ -88,37 +88,31 @@ def graded_clip_loss(
         t = batch.softmax()
         return batch.reduce(t.nll, t)
     parts = torch.stack([best, grades * best, grades * (1 - best)], 2)  # number and grade of targets, the other grades
-    texts, of_texts = _by_text(index, n)
+    texts, of_texts = bags(index, n)
     sums_of_images, sums_of_texts = _rows(p, parts.sum(1)), _total(p, of_texts(parts.flatten(0, 1)))
     known = [sums[:, 1] + sums[:, 2] > 0 for sums in (sums_of_images, sums_of_texts)]
     if check.flag("strict", strict):
         insist_on((known[0], known[1]), (None, None), directions)
     t = batch.softmax(everyone=True)
-    x, y = p.x.to(p.scale.dtype), _all_texts(p).to(p.scale.dtype)
+    x, dtype = p.x.to(p.scale.dtype), p.scale.dtype
+    of_images, of_entries = _off(parts, parts.sum(1, keepdim=True)), _off(parts, sums_of_texts[index])
     beside = []
-    if directions != "text":
-        off = _off(parts, parts.sum(1, keepdim=True))
-        beside.append(_rows(p, (x * F.embedding_bag(index, y, per_sample_weights=off, mode="sum")).sum(1)))
-    if directions != "image":
-        off = _off(parts, sums_of_texts[index]).flatten()[texts]
-        beside.append(_total(p, (y * of_texts(x, texts // index.shape[1], off)).sum(1)))
+    if p.shard is not None and p.shard.ring:
+        products = entries(p.x, p.y, index, p.shard.cols, p.shard, dtype)
+        if directions != "text":
+            beside.append(_rows(p, (of_images * products).sum(1)))
+        if directions != "image":
+            beside.append(_total(p, of_texts((of_entries * products).flatten()[:, None])[:, 0]))
+    else:
+        y = _all_texts(p).to(dtype)
+        if directions != "text":
+            beside.append(_rows(p, (x * F.embedding_bag(index, y, per_sample_weights=of_images, mode="sum")).sum(1)))
+        if directions != "image":
+            off = of_entries.flatten()[texts]
+            beside.append(_total(p, (y * of_texts(x, texts // index.shape[1], off)).sum(1)))
     counts = [side for side, other in zip(known, ("text", "image"), strict=True) if directions != other]
     t = replace(t, targets=torch.cat(counts).to(grades.dtype))
     return batch.reduce(t.nll + p.scale * torch.cat(beside), t)
-
-
-def _by_text(index: Tensor, n: int) -> tuple[Tensor, Callable[..., Tensor]]:
-    """The entries `[M K]`, one text after another, and their sums by text `[n, ...]`.
-
-    Sums of bags, not additions in place, so they have always the same bits.
-    """
-    texts, order = index.flatten().sort(stable=True)
-    at = torch.searchsorted(texts, torch.arange(n, device=index.device))
-
-    def sums(values: Tensor, rows: Tensor = order, weights: Tensor | None = None) -> Tensor:
-        return F.embedding_bag(rows, values, at, per_sample_weights=weights, mode="sum")
-
-    return order, sums
 
 
 def _rows(p: Problem, own: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ L    = ( mean_i [LSE_j alpha a_ij - alpha a_ii] + mean_j [LSE_i alpha b_ij - alp
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -84,7 +85,7 @@ def late_interaction_loss(
             `clip_loss`; they are those of whole images and texts.
         normalize: L2-normalise every token first (differentiably).
         reduction, metrics, group, check_finite, strict: as of `clip_loss`. With a group T is the same in all its
-            processes, P need not be; the tokens of all texts are gathered in each.
+            processes, P need not be; the texts' tokens are gathered, or travel, as the features of `clip_loss`.
 
     Returns:
         fp32 scalar (fp64 for fp64 tokens), or per-sample losses for reduction="none". Differentiable in tokens, scale,
@@ -109,9 +110,11 @@ def late_interaction_loss(
                 f"{name}_relevance: got a value beside directions={other!r}, which has no scores of the {name}s' own, "
                 "wanted None"
             )
+    travels = False
     if group is not None:  # what `Batch.of` does not see
         given = [t is None for t in (image_mask, text_mask, image_relevance, text_relevance)]
-        shard_of(group, images.first(), texts.first(), texts.features.shape[1], interaction, given)
+        flat = texts.features.detach().flatten(1)
+        travels = shard_of(group, images.first(), flat, texts.features.shape[1], interaction, given).ring
     unit_tokens = check.flag("normalize", normalize)
     if check.flag("check_finite", check_finite):
         images.check_finite()
@@ -122,7 +125,10 @@ def late_interaction_loss(
         metrics=metrics, group=group, check_finite=check_finite,
     )  # fmt: skip
     x, y = (unit(t) if unit_tokens else t for t in (images.filled(), texts.filled()))
-    tokens = Interaction.of(batch.problem, images, texts, x, y, summed=interaction == "colbert")
+    pairs = batch.problem
+    if pairs.shard is not None:
+        pairs = replace(pairs, shard=replace(pairs.shard, ring=travels))
+    tokens = Interaction.of(pairs, images, texts, x, y, summed=interaction == "colbert")
     if check.flag("strict", strict):
         insist(tokens.pairs, positives, directions)
     t = engine.softmax(

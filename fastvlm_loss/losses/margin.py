@@ -77,12 +77,14 @@ def margin_clip_loss(
         texts = unit(texts) if options.get("normalize") else texts
         if texts.shape[0] != p.y.shape[0]:
             raise ValueError(f"text_embeddings: got {texts.shape[0]} rows, wanted {p.y.shape[0]} as in text_features")
-        every = p.of_cols(texts)
         own = texts if texts.shape[0] else texts.new_zeros(p.x.shape[0], texts.shape[1])
         labels = options.get("labels")
-        if labels is not None and every.shape[0]:  # each image stands at its text, one without a text at 0
-            own = every[labels.clamp(min=0)] * (labels >= 0)[:, None]
-        quantile = _quantile(every, p.scale.dtype) if a is None else torch.full_like(p.scale, a)
+        places = torch.linspace(0, p.n - 1, min(p.n, SAMPLE) if a is None else 0, device=texts.device).round().long()
+        if labels is not None and p.n:  # each image stands at its text, one without a text at 0
+            own, some = p.picked_cols(texts, torch.cat([labels, places])).split([labels.shape[0], places.shape[0]])
+        else:
+            some = p.picked_cols(texts, places) if places.shape[0] else texts[:0]
+        quantile = _quantile(some.to(p.scale.dtype)) if a is None else torch.full_like(p.scale, a)
         # m (1 - R) / (1 - a) = at_zero - slope R
         slope = torch.where(quantile < 1, m / torch.where(quantile < 1, 1 - quantile, 1.0), 0.0)
         numbers = torch.stack([torch.full_like(slope, m), torch.where(quantile < 1, slope, m)])
@@ -95,11 +97,9 @@ def margin_clip_loss(
     return batch.reduce(t.nll if t.gap is None else t.nll + eps * t.gap, t)
 
 
-def _quantile(texts: Tensor, dtype: torch.dtype) -> Tensor:
-    n = texts.shape[0]
-    if not n:
-        return texts.new_zeros((), dtype=dtype)
-    some = texts[torch.linspace(0, n - 1, min(n, SAMPLE), device=texts.device).round().long()].to(dtype)
+def _quantile(some: Tensor) -> Tensor:
+    if not some.shape[0]:
+        return some.new_zeros(())
     similarity = (some @ some.T).flatten()
     return similarity.kthvalue(max(int(QUANTILE * len(similarity)), 1)).values
 

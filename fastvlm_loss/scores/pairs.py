@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .shard import Shard
+from .travel import entries
 
 __all__ = ["best_of_columns", "pair_products", "paired_products"]
 
@@ -41,5 +42,7 @@ def pair_products(
     gather, own = (shard.gather_cols, shard.own_cols) if columns else (shard.gather_rows, shard.own_rows)
     if index is None:  # own rows have own columns
         return gather(paired_products(x, y, None, dtype))
-    others = shard.collectives.spread(y, shard.rows if columns else shard.cols)
-    return gather(paired_products(x, others, index[own], dtype))
+    sizes = shard.rows if columns else shard.cols
+    if shard.ring:
+        return gather(entries(x, y, index[own, None], sizes, shard, dtype)[:, 0])
+    return gather(paired_products(x, shard.collectives.spread(y, sizes), index[own], dtype))

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import is_fake
 
 from . import check
 from .shard import Shard
+from .travel import picked
 
 __all__ = ["FIELDS", "Problem", "statistics_dtype"]
 
@@ -146,6 +147,13 @@ class Problem:
     def of_cols(self, own: Tensor) -> Tensor:
         """Something of each column: of all columns, differentiably."""
         return own if self.shard is None else self.shard.gather_cols(own)
+
+    def picked_cols(self, own: Tensor, index: Tensor) -> Tensor:
+        """Rows `index` of something `[own columns, ...]` of all columns, 0 for a negative index; no gradient."""
+        if self.shard is not None and self.shard.ring:
+            return picked(own, index, self.shard.cols, self.shard)
+        rows = self.of_cols(own)[index.clamp(min=0)]
+        return rows.masked_fill((index < 0).reshape(-1, *[1] * (own.dim() - 1)), 0.0)
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """The fields in order, as they travel through the op boundary."""
