@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import fastvlm_loss
 from fastvlm_loss import filters
 
-D = 12
+D, E = 12, 10  # of the features, of those beside them
 SIZES = {"even": (5, 5, 5, 5), "uneven": (7, 2, 5, 1), "with an empty one": (6, 0, 3, 4)}
 
 
@@ -35,9 +35,9 @@ def whole_batch(m, dtype):
         "labels": torch.randint(-1, m, (m,), generator=g),
         "image_weights": vector(m, 2, torch.float64), "text_weights": vector(m, 3, torch.float64),
         "image_relevance": vector(m, 4, torch.float64), "text_relevance": vector(m, 5, torch.float64),
-        "teacher_image_features": unit(m, 6, 6, dtype), "teacher_text_features": unit(m, 6, 7, dtype),
-        "text_embeddings": unit(m, 6, 8, dtype),
-        "guide_image": unit(m, 6, 10, dtype), "guide_text": unit(m, 6, 11, dtype),
+        "teacher_image_features": unit(m, E, 6, dtype), "teacher_text_features": unit(m, E, 7, dtype),
+        "text_embeddings": unit(m, E, 8, dtype),
+        "guide_image": unit(m, E, 10, dtype), "guide_text": unit(m, E, 11, dtype),
         "image_tokens": unit(m * 4, D, 12, dtype).view(m, 4, D), "text_tokens": unit(m * 3, D, 13, dtype).view(m, 3, D),
         "image_mask": torch.arange(4) < torch.randint(5, (m, 1), generator=g),
         "text_mask": torch.arange(3) < torch.randint(4, (m, 1), generator=g),

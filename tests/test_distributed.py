@@ -21,6 +21,9 @@ from fastvlm_loss import (
     linear_cross_entropy,
     vqa_loss,
 )
+from fastvlm_loss.losses._spec import documented
+
+MOST_FIELDS = 8  # numbers of a row's or column's state; features have 10 or more
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="no gloo")
 
@@ -207,6 +210,32 @@ def volume(rank, world):
     return []
 
 
+def little_gathered(rank, world):
+    """In a ring no loss gathers features: what a process collects of a sample, or adds up, is a few numbers."""
+    widest, group = dict.fromkeys(group_cases.CASES, 0), dist.group.WORLD
+    collect, scatter = distributed.Group.collect, distributed.Group.scatter
+
+    def collecting(self, own, sizes):
+        widest[case] = max(widest[case], *own.shape[1:], 0)
+        return collect(self, own, sizes)
+
+    def scattering(self, partial, sizes):
+        raise AssertionError(f"{case}: {list(partial.shape)} scattered")
+
+    distributed.set_gather_limit(0)
+    distributed.Group.collect, distributed.Group.scatter = collecting, scattering
+    try:
+        batch = group_cases.own(group_cases.whole_batch(4 * world, torch.float32), (4,) * world, rank)
+        for case in group_cases.CASES:
+            group_cases.evaluate(case, batch, group)
+    finally:
+        distributed.Group.collect, distributed.Group.scatter = collect, scatter
+    assert widest["clip"] and not (large := {case: width for case, width in widest.items() if width > MOST_FIELDS}), (
+        large
+    )
+    return []
+
+
 def refusals(rank, world):
     """What does not fit together is one error in every process, and nobody hangs."""
     x, group = torch.eye(4), dist.group.WORLD
@@ -234,6 +263,11 @@ def refusals(rank, world):
     return []
 
 
+def test_every_registered_loss_is_among_the_cases():
+    without = {"linear_cross_entropy", "caption_loss", "vqa_loss"}  # whose tokens do not meet: `vocabulary`
+    assert {case[0] for case in group_cases.CASES.values()} == documented.keys() - without
+
+
 @pytest.mark.parametrize("job", [every_case, every_case_in_a_ring], ids=["gather", "ring"])
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_every_loss_is_that_of_the_whole_batch(world, job):
@@ -247,6 +281,8 @@ def test_subgroups_dimensions_of_a_mesh_and_random_shapes(world, job):
     assert not wrong, "\n".join(wrong[:20])
 
 
-@pytest.mark.parametrize("job", [picked, picked_in_a_ring, vocabulary, volume, refusals], ids=lambda job: job.__name__)
+@pytest.mark.parametrize(
+    "job", [picked, picked_in_a_ring, vocabulary, volume, little_gathered, refusals], ids=lambda job: job.__name__
+)
 def test_besides_the_losses(job):
     run(3, job)
