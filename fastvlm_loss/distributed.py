@@ -107,8 +107,8 @@ def shard_of(group: object, x: Tensor, y: Tensor, *same: object) -> Shard:
     """
     found = group_of(group)
     agreed = zlib.crc32(repr((x.dtype, x.shape[1], same, _gathered)).encode())
-    mine = torch.tensor([x.shape[0], y.shape[0], x.shape[1], agreed], device=x.device)
-    every = torch.empty(found.world * 4, dtype=torch.int64, device=x.device)
+    mine = found.sendable(torch.tensor([x.shape[0], y.shape[0], x.shape[1], agreed], device=x.device))
+    every = mine.new_empty(found.world * 4)
     _all_gather(every, mine, group=found.group)
     told = every.reshape(-1, 4).tolist()
     if len({t[3] for t in told}) > 1:
@@ -129,6 +129,11 @@ class Group:
     rank: int
     world: int
 
+    def sendable(self, t: Tensor) -> Tensor:
+        """A tensor where the backend can reach it: gloo, which sends little of a GPU's memory, has a copy of it."""
+        gloo = t.is_cuda and self.group._get_backend(t.device).name() == "gloo"
+        return t.cpu() if gloo else t.contiguous()
+
     def gather(self, own: Tensor, sizes: tuple[int, ...]) -> Tensor:
         """As of `Collectives`."""
         gathered: Tensor = _Gather.apply(own, self, sizes)
@@ -147,16 +152,17 @@ class Group:
             for rank, part in enumerate(partial.split(sizes)):
                 padded[rank, : sizes[rank]] = part
             padded = padded.flatten(0, 1)
-        own = partial.new_empty((most, *partial.shape[1:]))
+        padded = self.sendable(padded)
+        own = padded.new_empty((most, *partial.shape[1:]))
         _reduce_scatter(own, padded, group=self.group)
-        return own[: sizes[self.rank]]
+        return own[: sizes[self.rank]].to(partial.device)
 
     def exchange(self, parts: Tensor) -> Tensor:
         """As of `Collectives`; no gradient."""
-        parts = parts.contiguous()
-        received = torch.empty_like(parts)
-        dist.all_to_all_single(received, parts, group=self.group)
-        return received
+        sent = self.sendable(parts)
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent, group=self.group)
+        return received.to(parts.device)
 
     def total(self, own: Tensor) -> Tensor:
         """As of `Collectives`."""
@@ -166,15 +172,16 @@ class Group:
     def pass_on(self, tensors: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
         """As of `Collectives`; no gradient."""
         before, behind = (dist.get_global_rank(self.group, (self.rank + k) % self.world) for k in (-1, 1))
-        received = [torch.empty_like(t) for t in tensors]
-        ops = [dist.P2POp(dist.isend, t, before, self.group) for t in tensors]
+        sent = [self.sendable(t) for t in tensors]
+        received = [torch.empty_like(t) for t in sent]
+        ops = [dist.P2POp(dist.isend, t, before, self.group) for t in sent]
         ops += [dist.P2POp(dist.irecv, t, behind, self.group) for t in received]
         under_way = dist.batch_isend_irecv(ops)
 
         def arrived() -> list[Tensor]:
             for work in under_way:
                 work.wait()
-            return received
+            return [t.to(own.device) for t, own in zip(received, tensors, strict=True)]
 
         return arrived
 
@@ -190,8 +197,10 @@ class Group:
         if own.shape[0] < most:
             padded = own.new_zeros((most, *own.shape[1:]))
             padded[: own.shape[0]] = own
-        every = own.new_empty((self.world * most, *own.shape[1:]))
+        padded = self.sendable(padded)
+        every = padded.new_empty((self.world * most, *own.shape[1:]))
         _all_gather(every, padded, group=self.group)
+        every = every.to(own.device)
         if all(size == most for size in sizes):
             return every
         return torch.cat([every[rank * most : rank * most + size] for rank, size in enumerate(sizes)])
@@ -240,9 +249,9 @@ class _Total(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, own: Tensor, group: Group) -> Tensor:
         ctx.world = group.world
-        summed = own.clone()
+        summed = group.sendable(own.clone())
         dist.all_reduce(summed, group=group.group)
-        return summed
+        return summed.to(own.device)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:

@@ -116,7 +116,8 @@ def evaluate(case, given, group=None):
         tensors["image_relevance"] = tensors.pop("token_relevance")
     dtype = torch.float64 if given["image_features"].dtype == torch.float64 else torch.float32
     if name != "triplet_loss":
-        scale, bias = (torch.full((), v, dtype=dtype, requires_grad=True) for v in (9.0, -1.0))
+        device = given["image_features"].device
+        scale, bias = (torch.full((), v, dtype=dtype, device=device, requires_grad=True) for v in (9.0, -1.0))
         scores = {"logit_scale": scale} | ({} if name == "graded_clip_loss" else {"logit_bias": bias})
         tensors |= scores
         learned |= scores
@@ -140,19 +141,19 @@ def own(batch, sizes, rank):
     return {k: v[first : first + sizes[rank]] for k, v in batch.items()}
 
 
-def compare(case, sizes, dtype, group, rank, budget):
+def compare(case, sizes, dtype, group, rank, budget, device="cpu"):
     """What differs from one process with the whole batch, after the average that DDP takes."""
     world = len(sizes)
-    batch = whole_batch(sum(sizes), dtype)
+    batch = {k: v.to(device) for k, v in whole_batch(sum(sizes), dtype).items()}
     want = evaluate(case, batch)
     got = evaluate(case, own(batch, sizes, rank), group)
     wrong = []
     for k, value in got.items():
         expected = want[k]
         if k in ("logit_scale", "logit_bias"):
-            value = value.clone()
+            value = value.to("cpu", copy=True)
             dist.all_reduce(value, group=group)
-            value = value / world
+            value, expected = value / world, expected.cpu()
         elif k != "loss":
             first = sum(sizes[:rank])
             expected, value = expected[first : first + sizes[rank]], value / world
