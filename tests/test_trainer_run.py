@@ -186,6 +186,15 @@ def test_a_resumed_run_must_be_the_same_run(tmp_path):
     Run(config(tmp_path, resume="auto", threads=1, micro_batch=3), HERE)  # how, not what
 
 
+def test_auto_precision_is_resumed_as_what_it_was(tmp_path):
+    """Another device's `auto` may be another precision: no other numbers than the run began with."""
+    began = train(config(tmp_path, precision="auto")).precision
+    assert Run(config(tmp_path, resume="auto", precision=began), HERE).precision == began
+    other = {"bf16": "fp32", "fp32": "bf16"}[began]
+    with pytest.raises(CheckpointError, match="other values of precision"):
+        Run(config(tmp_path, resume="auto", precision=other), HERE)
+
+
 def test_a_loss_that_is_not_finite_skips_the_step_and_ends_the_run_after_ten(tmp_path):
     run = Run(config(tmp_path, steps=20, weights={"itc": 1.0}), HERE)
     before = weights(run)

@@ -69,8 +69,8 @@ def _run(asked: Arguments, world: object) -> int:
 
 
 def _failed(reason: str) -> int:
-    if os.environ.get("RANK", "0") == "0":
-        print(f"fastvlm-train: {reason}", file=sys.stderr)
+    rank = os.environ.get("RANK", "0")  # each of them: a file may be missing on one host alone
+    print(f"fastvlm-train{f', process {rank}' if rank != '0' else ''}: {reason}", file=sys.stderr)
     return 1
 
 

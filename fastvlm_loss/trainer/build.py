@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .config import Config
+from .config import Config, Precision
 from .masking import Masker
 from .model import VLPretrainModel
 from .momentum import Teacher
@@ -23,13 +23,13 @@ __all__ = ["masker_of", "model_of", "precision_of", "teacher_of"]
 _LOG_SCALE = {"siglip_loss": 2.302585}  # ln 10, as published; the model's own is ln(1 / 0.07)
 
 
-def precision_of(config: Config, world: World) -> str:
+def precision_of(config: Config, world: World) -> Precision:
     """`auto` as what it stands for here; what does not go together is an error.
 
     Raises:
         ValueError: a scaler beside bf16 or fp32, fp16 beside shards, or a batch that the processes cannot share.
     """
-    kind = config.precision
+    kind: Precision = config.precision
     if kind == "auto":  # bf16, but not where it is an emulation
         fast = world.device.type != "cpu" or torch.backends.cpu.get_cpu_capability().startswith(("AVX512", "SVE"))
         kind = "bf16" if fast else "fp32"

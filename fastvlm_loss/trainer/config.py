@@ -23,6 +23,7 @@ __all__ = [
 ]  # fmt: skip
 
 TASKS = ("itc", "itm", "mlm", "caption", "vqa")
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Point = tuple[float, float]
 Weights = dict[str, float | list[Point]]
 
@@ -234,7 +235,7 @@ class Config:
     batch_size: int = 256
     micro_batch: int = 0
     seed: int = 0
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    precision: Precision = "auto"
     grad_scaler: bool | None = None
     strategy: Literal["ddp", "fsdp", "zero2"] = "ddp"
     checkpointing: bool = False

@@ -29,7 +29,7 @@ def wrap(model: nn.Module, blocks: Iterable[nn.Module], strategy: str, world: Wo
         return model
     if strategy == "ddp":
         devices = [world.device.index] if world.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+        return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(world.device.type, (world.size,))

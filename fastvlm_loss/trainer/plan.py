@@ -38,9 +38,16 @@ def _lines(run: Run) -> Iterator[str]:
             f"stage {stage.name}: steps {stage.start:,} to {stage.end - 1:,}; {weights}; {_number(learns)} parameters "
             f"learn{', frozen: ' + ', '.join(frozen) if frozen else ''}"
         )
-        state = 4 * total + 4 * learns + 8 * learns  # fp32 weights, their gradients, two moments of AdamW
-        averages = 4 * total if run.teacher is not None else 0
-        yield f"  memory without activations: {_number(state + averages)}B in all"
+        yield f"  memory of each process without activations: {_number(_state(run, total, learns))}B"
+
+
+def _state(run: Run, total: int, learns: int) -> float:
+    """Bytes of fp32 weights, their averages, gradients and two moments of AdamW in a process."""
+    weights, averages, learning = 4 * total, 4 * total if run.teacher is not None else 0, 12 * learns
+    if run.config.strategy == "ddp" or run.world.size == 1:
+        return weights + averages + learning
+    shard = (weights + learning) / run.world.size
+    return shard + (weights if run.config.strategy == "zero2" else 0)  # which stay whole from forward to backward
 
 
 def _to(first: dict[str, float], last: dict[str, float], task: str) -> str:

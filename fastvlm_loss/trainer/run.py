@@ -52,6 +52,7 @@ class Run:
         self.config, self.world, self.folder = config, world, Path(config.output)
         self.stages = stages_of(config)
         self.precision = precision_of(config, world)
+        self.computed = dataclasses.replace(config, precision=self.precision)  # what `auto` is on this device
         contrastive_loss(config)  # what does not go together is said before any work
         self.checkpoints = Checkpoints(self.folder, config.checkpoint.keep, world)
         found, meta = self._resumed()
@@ -229,7 +230,7 @@ class Run:
             "failures": self.stepper.failures,
             "scaler": scaler.state_dict() if scaler is not None else None,
             "data": self._fingerprint(),
-            "config": dataclasses.asdict(self.config),
+            "config": dataclasses.asdict(self.computed),
             "versions": {"fastvlm_loss": __version__, "torch": torch.__version__, "python": platform.python_version()},
         }
 
@@ -256,7 +257,7 @@ class Run:
         if found is None:
             return None, {}
         path, meta = found
-        changed = sorted(_differences(meta["config"], dataclasses.asdict(self.config)))
+        changed = sorted(_differences(meta["config"], dataclasses.asdict(self.computed)))
         if changed:
             raise CheckpointError(
                 f"checkpoint {path.name}: got a run with other values of {', '.join(changed)}, wanted the same ones "
