@@ -106,7 +106,7 @@ class Oracle(nn.Module):
             if follows and image not in self.forgotten:
                 fused[t, follows[0]] = 1
 
-    def _match(self, fused, image_tokens):
+    def _match(self, fused, image_features, text_features):
         return fused[:, 0, self.vocabulary_size :]
 
     def _words(self, rows):

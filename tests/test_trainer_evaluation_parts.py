@@ -58,7 +58,7 @@ def test_pairs_match_as_one_by_one(held):
         alone = held.model(
             "fuse", held.texts.hidden[t : t + 1, :length], held.texts.mask[t : t + 1, :length], held.tokens[i : i + 1]
         )
-        no, yes = held.model("match", alone, held.tokens[i : i + 1])[0]
+        no, yes = held.model("match", alone, held.features[i : i + 1], held.texts.features[t : t + 1])[0]
         assert value.item() == pytest.approx((yes - no).item(), abs=2e-5)
     assert held.match(image[:, :0], text[:, :0]).shape == (2, 0)
 

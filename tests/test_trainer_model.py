@@ -23,7 +23,7 @@ def test_shapes_and_dtypes_of_every_part(model):
     with torch.autocast("cpu", torch.bfloat16):
         image, text = model("image", pictures(3)), model("text", tokens, mask)
         fused = model("fuse", text["hidden"], mask, image["tokens"])
-        match, rows = model("match", fused, image["tokens"]), model("words", fused[mask])
+        match, rows = model("match", fused, image["features"], text["features"]), model("words", fused[mask])
     assert image["tokens"].shape == (3, 17, 32) and text["hidden"].shape == fused.shape == (3, 7, 32)
     for features in (image["features"], text["features"]):
         assert features.shape == (3, 16) and features.dtype == torch.float32
@@ -106,7 +106,7 @@ def loss_of(model, image, text):
     scale = model.log_scale.exp()
     return (
         clip_loss(image["features"], text["features"], scale)
-        + model("match", fused, image["tokens"]).logsumexp(1).mean()
+        + model("match", fused, image["features"], text["features"]).logsumexp(1).mean()
     )
 
 
@@ -217,7 +217,7 @@ ERRORS = [
     (("text", *texts([17])), "tokens: got 17 of a text, wanted at most text.positions = 16"),
     (("fuse", HIDDEN[:, :, :8], MASK, None), "hidden: got .*, wanted width 32"),
     (("fuse", HIDDEN, MASK, HIDDEN[:1]), "image_tokens: got 1 for 2 texts"),
-    (("match", HIDDEN[0], HIDDEN), r"fused: got .*, wanted shape \[rows, tokens, D\]"),
+    (("match", HIDDEN[0], HIDDEN[0], HIDDEN[0]), r"fused: got .*, wanted shape \[rows, tokens, D\]"),
     (("words", HIDDEN), r"rows: got .*, wanted shape \[rows, D\]"),
 ]
 

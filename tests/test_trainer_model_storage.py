@@ -23,7 +23,7 @@ def outputs(model):
     return [
         *image.values(),
         *text.values(),
-        model("match", fused, image["tokens"]),
+        model("match", fused, image["features"], text["features"]),
         model("words", fused[mask]),
         *model.vocabulary(),
     ]
@@ -161,7 +161,7 @@ def test_the_base_preset_has_albefs_sizes():
     vit = linear(3 * 16 * 16, w) + w + 257 * w + 12 * layer + norm  # a layer's two norms are as BERT's
     text = (30522 + 512 + 2) * w + norm + 6 * layer
     fusion = 6 * (layer + attention) + linear(w, w) + norm  # and the summary of the picture
-    heads = linear(4 * w, w) + linear(w, 2) + linear(w, w) + norm + 30522
+    heads = linear(w, 256) + linear(4 * 256, 256) + linear(256, 2) + linear(w, w) + norm + 30522
     sizes = {n: sum(p.numel() for m in parts for p in m.parameters()) for n, parts in model.groups().items()}
     want = {"vision": vit, "text": text, "fusion": fusion, "projection": 2 * linear(w, 256), "heads": heads, "scale": 1}
     assert sizes == want and (model.image.count, model.image.token_width) == (257, 768)

@@ -133,7 +133,7 @@ def test_state_of_the_optimiser_survives_a_stage_where_the_parameter_does(tmp_pa
     run = train(config(tmp_path, stages=STAGES))
     state = run.learning.state
     assert int(state["text.embeddings.word_embeddings.weight"]["step"]) == 6
-    assert int(state["heads.match.outer.weight"]["step"]) == 3
+    assert int(state["heads.match.head.outer.weight"]["step"]) == 3
     assert not [name for name in state if name.startswith("image.")], "what is frozen has none"
 
 

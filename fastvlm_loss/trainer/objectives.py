@@ -97,7 +97,7 @@ class Objectives:
             hidden, mask, tokens, prefix = (torch.cat(parts) for parts in zip(*rows, strict=True))
             fused = self.model("fuse", hidden, mask, tokens, prefix).split([len(r[0]) for r in rows])
             if negatives is not None:
-                losses["itm"] = self._match(fused[0], rows[0][2], pairs[2], pairs[3], found)
+                losses["itm"] = self._match(fused[0], features, pairs, found)
             self._words(dict(zip(batch.views.names[1:], fused[negatives is not None :], strict=True)), text, batch,
                         vocabulary, losses, found)  # fmt: skip
         return losses, found
@@ -161,8 +161,10 @@ class Objectives:
         prefix = torch.full_like(text_index, hidden.shape[1])
         return self.world.spread(hidden)[text_index], masks, self.world.spread(tokens)[image_index], prefix
 
-    def _match(self, fused: Tensor, image: Tensor, labels: Tensor, weights: Tensor, found: Found) -> Tensor:
-        logits = self.model("match", fused, image)
+    def _match(self, fused: Tensor, features: tuple[Tensor, Tensor], pairs: tuple[Tensor, ...], found: Found) -> Tensor:
+        image_index, text_index, labels, weights = pairs
+        image, text = (self.world.spread(side) for side in features)
+        logits = self.model("match", fused, image[image_index], text[text_index])
         found.metrics["matching"] = (weights * (logits.argmax(1) == labels)).sum()
         return fastvlm_loss.itm_loss(logits, labels, weights, reduction="sum")
 

@@ -83,7 +83,7 @@ class Held:
             width = most if self.collate.full else min(most, -(-longest // ROUND) * ROUND)
             i, t = i.to(self.device), t.to(self.device)
             fused = self.model("fuse", of.hidden[t, :width], of.mask[t, :width], self.tokens[i])
-            logits = self.model("match", fused, self.tokens[i]).float()
+            logits = self.model("match", fused, self.features[i], of.features[t]).float()
             found[part] = (logits[:, 1] - logits[:, 0]).cpu()
         return found[back]
 

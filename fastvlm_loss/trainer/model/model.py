@@ -35,6 +35,26 @@ class Temperature(nn.Module):
         self.register_parameter("bias", None if bias is None else nn.Parameter(torch.tensor([float(bias)])))
 
 
+class Match(nn.Module):
+    """A `MatchingHead` on the contrastive features of a pair, the text's corrected by what fusion makes of its token.
+
+    So matching begins with what contrast knows, and fusion has only the rest to learn.
+    """
+
+    def __init__(self, width: int, dim: int) -> None:
+        super().__init__()
+        self.size = math.sqrt(dim)  # of features with entries of about 1
+        self.correct = nn.Linear(width, dim)
+        nn.init.zeros_(self.correct.weight)
+        nn.init.zeros_(self.correct.bias)
+        self.head = MatchingHead(dim)
+
+    def forward(self, fused: Tensor, image_features: Tensor, text_features: Tensor) -> Tensor:
+        """The fused first token [n, W] and features of length one [n, D] to logits [n, 2]."""
+        logits: Tensor = self.head(self.size * image_features, self.size * text_features + self.correct(fused))
+        return logits
+
+
 class VLPretrainModel(nn.Module):
     """Every call is `model(part, ...)`, because the hooks of DDP and FSDP hang on `forward`:
 
@@ -45,8 +65,8 @@ class VLPretrainModel(nn.Module):
       j < prefix or j <= i (1: causal; T: everything; None: everything, in every row);
     - `model("fuse", hidden [n, T, W], mask, image_tokens [n, P, W], prefix=None)` gives [n, T, W] by cross-attention to
       the image; `image_tokens=None` leaves that out;
-    - `model("match", fused [n, T, W], image_tokens [n, P, W])` gives logits fp32 [n, 2] of the two first tokens,
-      class 1 a match;
+    - `model("match", fused [n, T, W], image_features [n, D], text_features [n, D])` gives logits fp32 [n, 2], class 1
+      a match;
     - `model("words", rows [r, W])` gives [r, W], the rows that `linear_cross_entropy` compares with the vocabulary;
     - `model("vocabulary")` or `model.vocabulary()` gives its weight [V, W], tied to the embeddings, and bias [V].
 
@@ -74,7 +94,9 @@ class VLPretrainModel(nn.Module):
         self.image_projection = nn.Linear(self.image.feature_width, config.embed_dim)
         self.text_projection = nn.Linear(width, config.embed_dim)
         self.summary = nn.Sequential(nn.Linear(self.image.feature_width, width), nn.LayerNorm(width))
-        self.heads = nn.ModuleDict({"match": MatchingHead(width), "words": VocabularyHead(config.text, self.words)})
+        self.heads = nn.ModuleDict(
+            {"match": Match(width, config.embed_dim), "words": VocabularyHead(config.text, self.words)}
+        )
         self.temperature = Temperature(config.logit_bias)
         for name, lora in (("text", config.text.lora), ("fusion", config.fusion.lora)):
             if lora is not None:
@@ -134,9 +156,9 @@ class VLPretrainModel(nn.Module):
         out: Tensor = self.fusion(hidden, visible(*self._masks(mask, prefix, hidden)), image_tokens)
         return out
 
-    def _match(self, fused: Tensor, image_tokens: Tensor) -> Tensor:
-        pair = check.sets("image_tokens", image_tokens)[:, 0], check.sets("fused", fused)[:, 0]
-        return self._exact(self.heads["match"], *pair)
+    def _match(self, fused: Tensor, image_features: Tensor, text_features: Tensor) -> Tensor:
+        pair = check.features("image_features", image_features), check.features("text_features", text_features)
+        return self._exact(self.heads["match"], check.sets("fused", fused)[:, 0], *pair)
 
     def _words(self, rows: Tensor) -> Tensor:
         out: Tensor = self.heads["words"](check.features("rows", rows))
