@@ -17,6 +17,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .scores import check
 from .scores.shard import Shard, own_of
@@ -97,8 +98,10 @@ def gathered(own: Tensor, group: object) -> Tensor:
     return shard.collectives.spread(own, shard.rows)
 
 
-def shard_of(group: object, x: Tensor, y: Tensor, *same: object) -> Shard:
+def shard_of(group: object, x: Tensor, y: Tensor, *same: object, tokens: int = 1) -> Shard:
     """The place of this process's features in the group's; `same` is what must agree between the processes.
+
+    Each row of `y` stands for `tokens` of them, which must agree too.
 
     One exchange of a few numbers, before any other, so that what does not fit together is an error everywhere.
 
@@ -106,7 +109,7 @@ def shard_of(group: object, x: Tensor, y: Tensor, *same: object) -> Shard:
         ValueError: the processes disagree in D, dtype or options.
     """
     found = group_of(group)
-    agreed = zlib.crc32(repr((x.dtype, x.shape[1], same, _gathered)).encode())
+    agreed = zlib.crc32(repr((x.dtype, x.shape[1], same, tokens, _gathered)).encode())
     mine = found.sendable(torch.tensor([x.shape[0], y.shape[0], x.shape[1], agreed], device=x.device))
     every = mine.new_empty(found.world * 4)
     _all_gather(every, mine, group=found.group)
@@ -117,7 +120,7 @@ def shard_of(group: object, x: Tensor, y: Tensor, *same: object) -> Shard:
             "arguments in each (which are given, and the options)"
         )
     rows, cols = (tuple(t[k] for t in told) for k in (0, 1))
-    gathered = sum(cols) * y.shape[1] * y.element_size()
+    gathered = sum(cols) * tokens * y.shape[1] * y.element_size()
     return Shard(found, found.rank, rows, cols, ring=found.world > 1 and gathered > _gathered)
 
 
@@ -215,6 +218,7 @@ class _Gather(torch.autograd.Function):
         return group.collect(own, sizes)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         group, sizes = ctx.place
         return gradient[own_of(sizes, group.rank)] * group.world, None, None
@@ -224,6 +228,7 @@ class _Spread(_Gather):
     """All rows; the sum of the gradients that the processes have of them."""
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         group, sizes = ctx.place
         return group.scatter(gradient, sizes), None, None
@@ -238,6 +243,7 @@ class _Own(torch.autograd.Function):
         return every[own_of(sizes, group.rank)].clone()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         group, sizes = ctx.place
         return group.collect(gradient.contiguous(), sizes) / group.world, None, None
@@ -254,5 +260,6 @@ class _Total(torch.autograd.Function):
         return summed.to(own.device)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient * ctx.world, None

@@ -19,8 +19,11 @@ from fastvlm_loss import (
     hard_negatives,
     late_interaction_loss,
     linear_cross_entropy,
+    margin_clip_loss,
+    triplet_loss,
     vqa_loss,
 )
+from fastvlm_loss.losses import margin
 from fastvlm_loss.losses._spec import documented
 
 MOST_FIELDS = 8  # numbers of a row's or column's state; features have 10 or more
@@ -216,7 +219,8 @@ def little_gathered(rank, world):
     collect, scatter = distributed.Group.collect, distributed.Group.scatter
 
     def collecting(self, own, sizes):
-        widest[case] = max(widest[case], *own.shape[1:], 0)
+        if sum(sizes) > margin.SAMPLE:  # a margin's threshold is that of so many texts
+            widest[case] = max(widest[case], *own.shape[1:], 0)
         return collect(self, own, sizes)
 
     def scattering(self, partial, sizes):
@@ -224,6 +228,7 @@ def little_gathered(rank, world):
 
     distributed.set_gather_limit(0)
     distributed.Group.collect, distributed.Group.scatter = collecting, scattering
+    margin.SAMPLE = 2
     try:
         batch = group_cases.own(group_cases.whole_batch(4 * world, torch.float32), (4,) * world, rank)
         for case in group_cases.CASES:
@@ -233,6 +238,50 @@ def little_gathered(rank, world):
     assert widest["clip"] and not (large := {case: width for case, width in widest.items() if width > MOST_FIELDS}), (
         large
     )
+    return []
+
+
+def no_second_derivative(rank, world):
+    """Of mined triplets, whose gradient of the scores is a constant: refused, gathered and in a ring, not wrong."""
+    for limit in (2**32, 0):
+        distributed.set_gather_limit(limit)
+        x, y = (group_cases.unit(4, 8, seed, torch.float64).requires_grad_() for seed in (rank, 10 + rank))
+        loss = triplet_loss(x, y, mining="max", group=dist.group.WORLD)
+        found = torch.autograd.grad(loss, (x, y), create_graph=True)
+        with pytest.raises(RuntimeError):
+            sum(g.square().sum() for g in found).backward()
+        dist.barrier()
+    return []
+
+
+def padding_reaches_nothing(rank, world):
+    """A sample that takes no part may hold anything: gradients are the same gathered and in a ring."""
+    batch = group_cases.own(group_cases.whole_batch(4 * world, torch.float64), (4,) * world, rank)
+    ids, found = torch.arange(4) + 4 * rank, []
+    ids[-1] = -1
+    for limit in (2**32, 0):
+        distributed.set_gather_limit(limit)
+        x, y = (batch[k].clone() for k in ("image_features", "text_features"))
+        x[-1], y[-1] = torch.nan, torch.nan
+        x, y = x.requires_grad_(), y.requires_grad_()
+        loss = triplet_loss(x, y, mining="max", image_ids=ids, group=dist.group.WORLD)
+        found.append((loss, *torch.autograd.grad(loss, (x, y))))
+    for gathered, travelled in zip(*found, strict=True):
+        torch.testing.assert_close(travelled, gathered, equal_nan=True)
+    return []
+
+
+def nothing_at_all(rank, world):
+    """A group without a sample has a loss of 0, as a process alone."""
+    empty = torch.zeros(0, 4, requires_grad=True)
+    for limit in (2**32, 0):
+        distributed.set_gather_limit(limit)
+        for loss in (
+            clip_loss(empty, empty, 1.0, group=dist.group.WORLD),
+            triplet_loss(empty, empty, group=dist.group.WORLD),
+        ):
+            assert loss.item() == 0
+            loss.backward()
     return []
 
 
@@ -250,6 +299,10 @@ def refusals(rank, world):
         (lambda: clip_loss(x, x, 1.0, metrics=None if rank else BatchMetrics(), group=group), "options that differ"),
         (
             lambda: late_interaction_loss(x[:, None], x[:, None].repeat(1, 1 + rank, 1), 1.0, group=group),
+            "options that differ",
+        ),
+        (
+            lambda: margin_clip_loss(x, x, 1.0, text_embeddings=x, threshold=None if rank else 0.3, group=group),
             "options that differ",
         ),
     ):
@@ -282,7 +335,19 @@ def test_subgroups_dimensions_of_a_mesh_and_random_shapes(world, job):
 
 
 @pytest.mark.parametrize(
-    "job", [picked, picked_in_a_ring, vocabulary, volume, little_gathered, refusals], ids=lambda job: job.__name__
+    "job",
+    [
+        picked,
+        picked_in_a_ring,
+        vocabulary,
+        volume,
+        little_gathered,
+        no_second_derivative,
+        padding_reaches_nothing,
+        nothing_at_all,
+        refusals,
+    ],
+    ids=lambda job: job.__name__,
 )
 def test_besides_the_losses(job):
     run(3, job)

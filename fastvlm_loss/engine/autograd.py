@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..scores.function import once
 from ..scores.problem import FIELDS, Problem
 from ..scores.statistics import decode
 from . import ops
-from .function import once
 from .weights import SUMS
 
 __all__ = [

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ..backends import interaction as chunked
+from ..scores.function import apply, once
 from ..scores.interaction import FIELDS, Interaction
 from ..scores.statistics import Softmax
 from .dispatch import _forced
-from .function import apply, once
 from .interaction_group import Sharded
 from .interaction_ops import STATISTICS, gradients
 from .ops import no_autocast

@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..scores.function import once
 from ..scores.interaction import FIELDS
 from ..scores.shard import Shard
 from ..scores.statistics import Softmax
 from ..scores.travel import home, send_home, travel
 from . import ring
-from .function import once
-from .interaction_ops import BIAS, COL_ID, OF_COLS, OF_ROWS, ROW_ID, SCALE, STATISTICS, TARGET, gradients
+from .interaction_ops import BIAS, COL_ID, OF_COLS, OF_ROWS, ROW_ID, SCALE, STATISTICS, TARGET, Y_PADDING, gradients
 from .sharded import joined, of_own
 
 __all__ = ["Sharded"]
 
-TRAVELLING = (*OF_COLS, 5)  # tokens, weights and padding of the texts
+TRAVELLING = (*OF_COLS, Y_PADDING)  # tokens, weights and padding of the texts
 
 
 class Sharded(torch.autograd.Function):
@@ -105,7 +105,7 @@ def _in_a_ring(
     own = shard.rows[shard.rank] if statistic.rows else 0
     sent, of_cols = None, [k for k in OF_COLS if needs[k]]
     for cols, here in _turns(tensors, shard):
-        counts, part, *cotangents = (ring.part(t, own, cols, statistic) for t in (targets, state, *given))
+        counts, part, *cotangents = (ring.of_turn(t, own, cols, statistic) for t in (targets, state, *given))
         found = gradients(here, counts, part, cotangents, flags, needs)
         ring.add(total, found, [k for k in (*OF_ROWS, SCALE, BIAS) if needs[k]], state.dtype)
         if of_cols:

@@ -12,7 +12,19 @@ from ..scores.interaction import FIELDS, Interaction
 from ..scores.statistics import Softmax
 from .ops import no_autocast
 
-__all__ = ["BIAS", "COL_ID", "GRADIENT", "OF_COLS", "OF_ROWS", "ROW_ID", "SCALE", "STATISTICS", "TARGET", "gradients"]
+__all__ = [
+    "BIAS",
+    "COL_ID",
+    "GRADIENT",
+    "OF_COLS",
+    "OF_ROWS",
+    "ROW_ID",
+    "SCALE",
+    "STATISTICS",
+    "TARGET",
+    "Y_PADDING",
+    "gradients",
+]
 
 _TOKENS = (
     "Tensor x, Tensor y, Tensor x_weight, Tensor y_weight, Tensor? x_padding, Tensor? y_padding, Tensor scale, "
@@ -24,7 +36,7 @@ _SCHEMAS = {
     " bool need_y, bool need_x_weight, bool need_y_weight)"
     " -> (Tensor dx, Tensor dy, Tensor dx_weight, Tensor dy_weight, Tensor d_scale)",
 }
-SCALE, BIAS, TARGET, ROW_ID, COL_ID = 6, 7, 8, 9, 10
+Y_PADDING, SCALE, BIAS, TARGET, ROW_ID, COL_ID = 5, 6, 7, 8, 9, 10
 OF_ROWS, OF_COLS = (0, 2), (1, 3)  # tokens and weights
 
 _library = torch.library.Library("fastvlm_loss", "FRAGMENT")

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..backends import pair_products as chunked
+from ..scores.function import apply, once
 from .dispatch import _forced
-from .function import apply, once
 from .ops import no_autocast
 
 __all__ = ["GRADIENT", "PRODUCTS", "pair_products"]

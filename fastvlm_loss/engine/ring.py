@@ -62,7 +62,7 @@ def target_among(target: Tensor, cols: slice) -> Tensor:
     return torch.where((target >= cols.start) & (target < cols.stop), target - cols.start, -1)
 
 
-def part(vector: Any, own: int, cols: slice, statistic: Any) -> Any:
+def of_turn(vector: Any, own: int, cols: slice, statistic: Any) -> Any:
     """Of a vector, or state, of the own rows and all columns that of a part of the columns."""
     if vector is None:
         return None
@@ -108,7 +108,7 @@ def gradients_of(
     sent: Any = None
     of_cols = [k for k in (Y, TEACHER_Y) if needs[k]]
     for cols, here in turns(problem, shard):
-        counts, here_state, *cotangents = (part(t, own, cols, statistic) for t in (targets, state, *given))
+        counts, here_state, *cotangents = (of_turn(t, own, cols, statistic) for t in (targets, state, *given))
         nothing = state.new_empty(0)
         found: list[Any] = gradients(here, counts, here_state, nothing, cotangents, backend, statistic, needs)
         add(total, found, [k for k in (X, SCALE, BIAS, TEACHER_X, TEACHER_SCALE) if needs[k]], state.dtype)

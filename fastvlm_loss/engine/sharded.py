@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..scores.function import once
 from ..scores.problem import FIELDS, Problem
 from ..scores.selection import NOBODY, join
 from ..scores.shard import Shard
 from ..scores.statistics import decode
 from . import ops, ring
 from .autograd import BIAS, COL_FACTOR, ROW_FACTOR, SCALE, X, Y, gradients, of_total
-from .function import once
 from .weights import SUMS
 
 __all__ = ["Sharded", "ShardedTotal", "joined", "joined_candidates", "joined_columns", "localised", "of_own"]
@@ -36,6 +36,8 @@ def localised(problem: tuple[Tensor | None, ...], shard: Shard) -> tuple[Tensor 
 def joined(state: Tensor, statistic: Any, shard: Shard) -> Tensor:
     """The states `[fields, L]` of the group, from those `[fields, own rows + N]` that the own rows give."""
     own, (rows, cols) = shard.own_rows, statistic.lengths(sum(shard.rows), sum(shard.cols))
+    if not rows + cols:
+        return state
     mine, parts = own.stop - own.start if rows else 0, []
     if rows:
         parts.append(shard.gather_rows(state[:, :mine].T.contiguous()).T)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backends import dense
+from ..scores.function import apply
 from ..scores.pairs import pair_products
 from ..scores.problem import Problem
 from ..scores.selection import Selection
@@ -16,7 +17,6 @@ from ..scores.statistics import Candidates, Hinge, Sigmoid, Softmax
 from . import ring
 from .autograd import Statistics, Total, Weighted
 from .dispatch import resolve
-from .function import apply
 from .ops import KEPT_PRODUCTS, SELECT, no_autocast
 from .sharded import Sharded, ShardedTotal, joined_candidates, localised
 

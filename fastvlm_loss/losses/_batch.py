@@ -67,9 +67,13 @@ class Batch:
         image_weights: Tensor | None = None, text_weights: Tensor | None = None, directions: str = "both",
         normalize: bool = False, reduction: str = "mean", metrics: BatchMetrics | None = None,
         negatives: BatchNegatives | None = None, group: object = None, check_finite: bool = False,
-        strict: bool = False, positives: str = "mask", **unknown: object,
+        strict: bool = False, positives: str = "mask", agreed: tuple[object, ...] = (), tokens: int = 1,
+        **unknown: object,
     ) -> Batch:  # fmt: skip
-        """Check the public arguments."""
+        """Check the public arguments.
+
+        In a group `agreed` is what else must be the same in its processes, and each text has `tokens` features to send.
+        """
         for name in unknown:
             raise TypeError(f"{name}: got an option that this loss does not have, see its documentation")
         check.choice("directions", directions, DIRECTIONS)
@@ -93,6 +97,7 @@ class Batch:
             sharding=sharding_of(
                 group, labels, image_ids, text_ids, image_weights, text_weights, logit_bias, filters, metrics,
                 negatives, directions, reduction, positives, bool(normalize), bool(strict), bool(check_finite),
+                *agreed, tokens=tokens,
             ),
         )  # fmt: skip
         if check.flag("strict", strict):
@@ -151,9 +156,9 @@ def insist_on(
             raise ValueError(f"strict: got {found} {int(lost.int().argmax())}, wanted one for each")
 
 
-def sharding_of(group: object, *options: object) -> Callable[[Tensor, Tensor], Shard] | None:
+def sharding_of(group: object, *options: object, tokens: int = 1) -> Callable[[Tensor, Tensor], Shard] | None:
     """How features find their place in a group; which options are given must agree in all its processes."""
     if group is None:
         return None
     given = [option if isinstance(option, (str, bool, int, float)) else option is None for option in options]
-    return lambda x, y: shard_of(group, x, y, given)
+    return lambda x, y: shard_of(group, x, y, given, tokens=tokens)

@@ -95,20 +95,21 @@ def graded_clip_loss(
         insist_on((known[0], known[1]), (None, None), directions)
     t = batch.softmax(everyone=True)
     x, dtype = p.x.to(p.scale.dtype), p.scale.dtype
-    of_images, of_entries = _off(parts, parts.sum(1, keepdim=True)), _off(parts, sums_of_texts[index])
-    beside = []
+    beside: list[Tensor] = []
     if p.shard is not None and p.shard.ring:
         products = entries(p.x, p.y, index, p.shard.cols, p.shard, dtype)
         if directions != "text":
-            beside.append(_rows(p, (of_images * products).sum(1)))
+            beside.append(_rows(p, (_off(parts, parts.sum(1, keepdim=True)) * products).sum(1)))
         if directions != "image":
-            beside.append(_total(p, of_texts((of_entries * products).flatten()[:, None])[:, 0]))
+            off = _off(parts, sums_of_texts[index])
+            beside.append(_total(p, of_texts((off * products).flatten()[:, None])[:, 0]))
     else:
         y = _all_texts(p).to(dtype)
         if directions != "text":
-            beside.append(_rows(p, (x * F.embedding_bag(index, y, per_sample_weights=of_images, mode="sum")).sum(1)))
+            off = _off(parts, parts.sum(1, keepdim=True))
+            beside.append(_rows(p, (x * F.embedding_bag(index, y, per_sample_weights=off, mode="sum")).sum(1)))
         if directions != "image":
-            off = of_entries.flatten()[texts]
+            off = _off(parts, sums_of_texts[index]).flatten()[texts]
             beside.append(_total(p, (y * of_texts(x, texts // index.shape[1], off)).sum(1)))
     counts = [side for side, other in zip(known, ("text", "image"), strict=True) if directions != other]
     t = replace(t, targets=torch.cat(counts).to(grades.dtype))

@@ -8,14 +8,13 @@ L    = ( mean_i [LSE_j alpha a_ij - alpha a_ii] + mean_j [LSE_i alpha b_ij - alp
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..distributed import eager_in_group, shard_of
+from ..distributed import eager_in_group
 from ..engine import interaction as engine
 from ..scores import check
 from ..scores.interaction import Interaction, Tokens
@@ -110,11 +109,6 @@ def late_interaction_loss(
                 f"{name}_relevance: got a value beside directions={other!r}, which has no scores of the {name}s' own, "
                 "wanted None"
             )
-    travels = False
-    if group is not None:  # what `Batch.of` does not see
-        given = [t is None for t in (image_mask, text_mask, image_relevance, text_relevance)]
-        flat = texts.features.detach().flatten(1)
-        travels = shard_of(group, images.first(), flat, texts.features.shape[1], interaction, given).ring
     unit_tokens = check.flag("normalize", normalize)
     if check.flag("check_finite", check_finite):
         images.check_finite()
@@ -122,13 +116,11 @@ def late_interaction_loss(
     batch = Batch.of(
         images.first(), texts.first(), logit_scale, logit_bias, labels=labels, image_ids=image_ids, text_ids=text_ids,
         image_weights=image_weights, text_weights=text_weights, directions=directions, reduction=reduction,
-        metrics=metrics, group=group, check_finite=check_finite,
+        metrics=metrics, group=group, check_finite=check_finite, tokens=texts.features.shape[1],
+        agreed=(interaction, image_mask, text_mask, image_relevance, text_relevance, unit_tokens),
     )  # fmt: skip
     x, y = (unit(t) if unit_tokens else t for t in (images.filled(), texts.filled()))
-    pairs = batch.problem
-    if pairs.shard is not None:
-        pairs = replace(pairs, shard=replace(pairs.shard, ring=travels))
-    tokens = Interaction.of(pairs, images, texts, x, y, summed=interaction == "colbert")
+    tokens = Interaction.of(batch.problem, images, texts, x, y, summed=interaction == "colbert")
     if check.flag("strict", strict):
         insist(tokens.pairs, positives, directions)
     t = engine.softmax(

@@ -70,7 +70,7 @@ def margin_clip_loss(
     m = check.number("margin", margin, low=0.0)
     a = None if threshold is None else check.number("threshold", threshold)
     eps = check.number("label_smoothing", label_smoothing, low=0.0, below=1.0)
-    batch = Batch.of(image_features, text_features, logit_scale, logit_bias, **options)
+    batch = Batch.of(image_features, text_features, logit_scale, logit_bias, agreed=(a is None,), **options)
     p = batch.problem
     with torch.no_grad(), no_autocast(p.x.device.type):
         texts = check.features("text_embeddings", text_embeddings).detach()
@@ -79,12 +79,12 @@ def margin_clip_loss(
             raise ValueError(f"text_embeddings: got {texts.shape[0]} rows, wanted {p.y.shape[0]} as in text_features")
         own = texts if texts.shape[0] else texts.new_zeros(p.x.shape[0], texts.shape[1])
         labels = options.get("labels")
-        places = torch.linspace(0, p.n - 1, min(p.n, SAMPLE) if a is None else 0, device=texts.device).round().long()
         if labels is not None and p.n:  # each image stands at its text, one without a text at 0
-            own, some = p.picked_cols(texts, torch.cat([labels, places])).split([labels.shape[0], places.shape[0]])
+            own = p.picked_cols(texts, labels)
+        if a is None:
+            quantile = _quantile(p.sampled_cols(texts, SAMPLE).to(p.scale.dtype))
         else:
-            some = p.picked_cols(texts, places) if places.shape[0] else texts[:0]
-        quantile = _quantile(some.to(p.scale.dtype)) if a is None else torch.full_like(p.scale, a)
+            quantile = torch.full_like(p.scale, a)
         # m (1 - R) / (1 - a) = at_zero - slope R
         slope = torch.where(quantile < 1, m / torch.where(quantile < 1, 1 - quantile, 1.0), 0.0)
         numbers = torch.stack([torch.full_like(slope, m), torch.where(quantile < 1, slope, m)])

@@ -17,8 +17,10 @@ def paired_products(x: Tensor, y: Tensor, index: Tensor | None, dtype: torch.dty
         return (x.to(dtype) * y.to(dtype)).sum(1)
     if not y.shape[0]:
         return x.to(dtype).sum(1) * 0
+    # what stands in a row without a pair reaches nothing, NaN neither
+    own = x.to(dtype).masked_fill((index < 0)[:, None], 0.0)
     # cast before the gather: a row picked many times must not add up its gradient in 16 bits
-    products = (x.to(dtype) * y.to(dtype)[index.clamp(min=0)]).sum(1)
+    products = (own * y.to(dtype)[index.clamp(min=0)]).sum(1)
     return torch.where(index >= 0, products, 0.0)
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from .function import apply, once
 from .shard import Shard, own_of
 
 __all__ = ["Sent", "bags", "entries", "home", "picked", "send_home", "travel"]
@@ -20,11 +20,11 @@ Sent = Callable[[], list[Tensor]]
 def travel(own: Sequence[Tensor], sizes: tuple[int, ...], shard: Shard) -> Iterator[tuple[slice, list[Tensor]]]:
     """The part of each process, the own first: where it lies among all rows, and its tensors. No gradient.
 
-    The next part is on its way while one is used.
+    The next part is on its way while one is used. Where nothing travels, the places alone come.
     """
     held = [_padded(t.detach(), max(sizes)) for t in own]
     for turn in range(shard.world):
-        coming = shard.collectives.pass_on(held) if turn + 1 < shard.world else None
+        coming = shard.collectives.pass_on(held) if held and turn + 1 < shard.world else None
         rank = (shard.rank + turn) % shard.world
         yield own_of(sizes, rank), [t[: sizes[rank]] for t in held]
         if coming is not None:
@@ -59,14 +59,14 @@ def entries(x: Tensor, y: Tensor, index: Tensor, sizes: tuple[int, ...], shard: 
 
     Differentiable; the gradients of all reach the owners of `y`, summed in `dtype`.
     """
-    found: Tensor = _Entries.apply(x, y, index, sizes, shard, dtype)
+    found: Tensor = apply(_Entries, x, y, index, sizes, shard, dtype)
     return found
 
 
 def bags(index: Tensor, n: int) -> tuple[Tensor, Callable[..., Tensor]]:
     """The entries of `index` `[m, K]` in the order of what they name, 0 to n - 1, and their sums by that `[n, ...]`.
 
-    Sums of bags, not additions in place, so they have always the same bits. An index of n counts to the last bag.
+    Sums of bags, not additions in place, so they have always the same bits.
     """
     named, order = index.flatten().sort(stable=True)
     at = torch.searchsorted(named, torch.arange(n, device=index.device))
@@ -95,23 +95,34 @@ class _Entries(torch.autograd.Function):
         return found
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
         (x, y, index), (sizes, shard, dtype), needs = ctx.saved_tensors, ctx.place, ctx.needs_input_grad
-        wide, dx, sent = x.to(dtype), x.new_zeros(x.shape, dtype=dtype), None
-        for at, (part,) in travel([y], sizes, shard):
-            here, place = _inside(index, at)
-            weights = torch.where(here, d, 0.0)
-            if needs[0] and part.shape[0]:
-                dx += F.embedding_bag(place, part.to(dtype), per_sample_weights=weights, mode="sum")
-            if needs[1]:  # nothing is sent for a frozen tower
-                dy = wide.new_zeros(part.shape)
-                if part.shape[0] and wide.shape[0]:
-                    order, sums = bags(torch.where(here, place, part.shape[0]), part.shape[0])
-                    dy = sums(wide, order // index.shape[1], weights.flatten()[order])
-                sent = send_home([dy], sent, sizes, shard)
-        of_y = [t.to(y.dtype) for t in home(sent, sizes, shard)]
-        return dx.to(x.dtype) if needs[0] else None, of_y[0] if of_y else None, None, None, None, None
+        with torch.no_grad():  # create_graph=True
+            found = _of_entries(x, y, index, d, sizes, shard, dtype, needs)
+        return (*once(found, (x, y), needs), None, None, None, None)
+
+
+def _of_entries(
+    x: Tensor, y: Tensor, index: Tensor, d: Tensor, sizes: tuple[int, ...], shard: Shard, dtype: torch.dtype,
+    needs: tuple[bool, ...],
+) -> list[Tensor | None]:  # fmt: skip
+    """Gradients of `x` and of the own `y`, where needed; what stands in rows that are not named reaches nothing."""
+    wide: Tensor = x.to(dtype)
+    dx, sent = wide.new_zeros(x.shape), None
+    for at, parts in travel([y] if needs[0] else [], sizes, shard):
+        here, place = _inside(index, at)
+        n = at.stop - at.start
+        for part in parts if n else ():
+            for k in range(index.shape[1]):
+                dx += torch.where(here[:, k, None], d[:, k, None] * part[place[:, k]].to(dtype), 0.0)
+        if needs[1]:  # nothing is sent for a frozen tower
+            dy = wide.new_zeros((n, *x.shape[1:]))
+            if n and index.numel():
+                order, sums = bags(torch.where(here, place, n), n + 1)  # the last of what is named elsewhere
+                dy = sums(wide, order // index.shape[1], d.flatten()[order])[:n]
+            sent = send_home([dy], sent, sizes, shard)
+    of_y = [t.to(y.dtype) for t in home(sent, sizes, shard)]
+    return [dx.to(x.dtype) if needs[0] else None, of_y[0] if of_y else None]
 
 
 def _inside(index: Tensor, at: slice) -> tuple[Tensor, Tensor]:
@@ -120,4 +131,6 @@ def _inside(index: Tensor, at: slice) -> tuple[Tensor, Tensor]:
 
 
 def _padded(t: Tensor, rows: int) -> Tensor:
+    if t.shape[0] == rows:
+        return t.contiguous()
     return F.pad(t, (*[0, 0] * (t.dim() - 1), 0, rows - t.shape[0])).contiguous()

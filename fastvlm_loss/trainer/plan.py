@@ -46,7 +46,7 @@ def _state(run: Run, total: int, learns: int) -> float:
     weights, averages, learning = 4 * total, 4 * total if run.teacher is not None else 0, 12 * learns
     if run.config.strategy == "ddp" or run.world.size == 1:
         return weights + averages + learning
-    shard = (weights + learning) / run.world.size
+    shard = (weights + learning) / run.world.size  # there is no teacher beside shards
     return shard + (weights if run.config.strategy == "zero2" else 0)  # which stay whole from forward to backward
 
 

@@ -259,9 +259,13 @@ class Run:
         path, meta = found
         changed = sorted(_differences(meta["config"], dataclasses.asdict(self.computed)))
         if changed:
+            began = meta["config"]["precision"]
+            auto = (
+                f"; precision was {began} when it began and is {self.precision} here" if "precision" in changed else ""
+            )
             raise CheckpointError(
                 f"checkpoint {path.name}: got a run with other values of {', '.join(changed)}, wanted the same ones "
-                "(or another output folder)"
+                f"(or another output folder){auto}"
             )
         return path, meta
 

@@ -1,4 +1,4 @@
-"""What autograd Functions of the engine have in common: one derivative, in reverse mode, and an error for any other."""
+"""What autograd Functions have in common: one derivative, in reverse mode, and an error for any other."""
 
 from __future__ import annotations
 
