@@ -266,6 +266,7 @@ def padding_reaches_nothing(rank, world):
         x, y = x.requires_grad_(), y.requires_grad_()
         loss = triplet_loss(x, y, mining="max", image_ids=ids, group=dist.group.WORLD)
         found.append((loss, *torch.autograd.grad(loss, (x, y))))
+        assert all(g[:-1].isfinite().all() for g in found[-1][1:])
     for gathered, travelled in zip(*found, strict=True):
         torch.testing.assert_close(travelled, gathered, equal_nan=True)
     return []

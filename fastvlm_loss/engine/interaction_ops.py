@@ -10,21 +10,13 @@ from torch import Tensor
 from ..backends import interaction as chunked
 from ..scores.interaction import FIELDS, Interaction
 from ..scores.statistics import Softmax
+from .define import operator
 from .ops import no_autocast
 
 __all__ = [
-    "BIAS",
-    "COL_ID",
-    "GRADIENT",
-    "OF_COLS",
-    "OF_ROWS",
-    "ROW_ID",
-    "SCALE",
-    "STATISTICS",
-    "TARGET",
-    "Y_PADDING",
+    "BIAS", "COL_ID", "GRADIENT", "OF_COLS", "OF_ROWS", "ROW_ID", "SCALE", "STATISTICS", "TARGET", "Y_PADDING",
     "gradients",
-]
+]  # fmt: skip
 
 _TOKENS = (
     "Tensor x, Tensor y, Tensor x_weight, Tensor y_weight, Tensor? x_padding, Tensor? y_padding, Tensor scale, "
@@ -38,8 +30,6 @@ _SCHEMAS = {
 }
 Y_PADDING, SCALE, BIAS, TARGET, ROW_ID, COL_ID = 5, 6, 7, 8, 9, 10
 OF_ROWS, OF_COLS = (0, 2), (1, 3)  # tokens and weights
-
-_library = torch.library.Library("fastvlm_loss", "FRAGMENT")
 
 
 def gradients(
@@ -85,11 +75,5 @@ def _gradient_fake(*arguments: Any) -> tuple[Tensor, ...]:
     return (*made, arguments[SCALE].new_empty(()))
 
 
-_MADE = {"interaction": (_statistics, _statistics_fake), "interaction_gradient": (_gradient, _gradient_fake)}
-for _name, (_made, _fake) in _MADE.items():
-    _library.define(f"{_name}{_SCHEMAS[_name]}", tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.register_fake(f"fastvlm_loss::{_name}", _fake, lib=_library)
-    for _device in ("CPU", "CUDA"):
-        _library.impl(_name, _made, _device)
-
-STATISTICS, GRADIENT = (getattr(torch.ops.fastvlm_loss, name).default for name in _SCHEMAS)
+STATISTICS = operator("interaction", _SCHEMAS["interaction"], _statistics, _statistics_fake)
+GRADIENT = operator("interaction_gradient", _SCHEMAS["interaction_gradient"], _gradient, _gradient_fake)

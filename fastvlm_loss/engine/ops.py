@@ -17,6 +17,7 @@ from ..backends import triton as gpu
 from ..scores.problem import FIELDS, Problem
 from ..scores.selection import Selection
 from ..scores.statistics import Sigmoid, decode, gradient_dtype
+from .define import operator
 
 __all__ = ["GRADIENT", "KEPT_PRODUCTS", "PROBLEM", "SELECT", "STATISTICS", "SWEEP", "no_autocast"]
 
@@ -39,8 +40,6 @@ _SCHEMAS = {
 }
 # products a backend keeps for backward instead of making them again, for a batch whose matrix is one small tile
 KEPT_PRODUCTS = {"torch": 1024 * 1024, "cpp": 1024 * 1024, "triton": 0}
-
-_library = torch.library.Library("fastvlm_loss", "DEF")
 
 
 def no_autocast(device: str) -> AbstractContextManager[object]:
@@ -139,16 +138,13 @@ def _sweep_fake(*arguments: Any) -> tuple[Tensor, ...]:
 
 _MAKE = {"statistics": _statistics, "select": _select, "gradient": _gradient, "sweep": _sweep}
 _FAKES = {"statistics": _statistics_fake, "select": _select_fake, "gradient": _gradient_fake, "sweep": _sweep_fake}
-_PYTHON = {"torch": (chunked, ("CPU", "CUDA")), "triton": (gpu, ("CPU", "CUDA"))}
-
-for _name, _schema in _SCHEMAS.items():
-    for _backend in ("torch", "cpp", "triton"):
-        _library.define(f"{_name}.{_backend}{_schema}", tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.register_fake(f"fastvlm_loss::{_name}.{_backend}", _FAKES[_name], lib=_library)
-    for _backend, (_module, _devices) in _PYTHON.items():
-        for _device in _devices:
-            _library.impl(f"{_name}.{_backend}", _MAKE[_name](_module), _device)
+# the library in csrc/ brings kernels of its own
+_MODULES: dict[str, Any] = {"torch": chunked, "cpp": None, "triton": gpu}
 
 STATISTICS, SELECT, GRADIENT, SWEEP = (
-    {b: getattr(getattr(torch.ops.fastvlm_loss, name), b) for b in ("torch", "cpp", "triton")} for name in _SCHEMAS
+    {
+        backend: operator(f"{name}.{backend}", schema, None if module is None else _MAKE[name](module), _FAKES[name])
+        for backend, module in _MODULES.items()
+    }
+    for name, schema in _SCHEMAS.items()
 )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..backends import pair_products as chunked
 from ..scores.function import apply, once
+from .define import operator
 from .dispatch import _forced
 from .ops import no_autocast
 
@@ -19,7 +20,6 @@ _SCHEMAS = {
     "pair_products": f"({_PAIRS}) -> Tensor",
     "pair_products_gradient": f"({_PAIRS}, Tensor d, bool need_x, bool need_y) -> (Tensor dx, Tensor dy)",
 }
-_library = torch.library.Library("fastvlm_loss", "FRAGMENT")
 
 
 def pair_products(x: Tensor, y: Tensor, padding: Tensor | None, image: Tensor | None, text: Tensor | None) -> Tensor:
@@ -82,14 +82,5 @@ def _gradient_fake(x: Tensor, y: Tensor, *more: Any) -> tuple[Tensor, ...]:
     return tuple(t.new_empty(t.shape if need else (0,)) for t, need in zip((x, y), more[-2:], strict=True))
 
 
-_MADE: dict[str, tuple[Any, Any]] = {
-    "pair_products": (_products, _products_fake),
-    "pair_products_gradient": (_gradient, _gradient_fake),
-}
-for _name, (_made, _fake) in _MADE.items():
-    _library.define(f"{_name}{_SCHEMAS[_name]}", tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.register_fake(f"fastvlm_loss::{_name}", _fake, lib=_library)
-    for _device in ("CPU", "CUDA"):
-        _library.impl(_name, _made, _device)
-
-PRODUCTS, GRADIENT = (getattr(torch.ops.fastvlm_loss, name).default for name in _SCHEMAS)
+PRODUCTS = operator("pair_products", _SCHEMAS["pair_products"], _products, _products_fake)
+GRADIENT = operator("pair_products_gradient", _SCHEMAS["pair_products_gradient"], _gradient, _gradient_fake)

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..backends import torch as chunked
 from ..scores.problem import FIELDS, Problem
 from ..scores.statistics import Sigmoid
+from .define import operator
 from .ops import PROBLEM, no_autocast
 
 __all__ = ["SUMS"]
-
-_library = torch.library.Library("fastvlm_loss", "FRAGMENT")
 
 
 def _sums(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -33,10 +31,4 @@ def _sums_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
     return problem.scale.new_empty(rows), problem.scale.new_empty(cols)
 
 
-_schema = f"({PROBLEM}, bool need_rows, bool need_cols) -> (Tensor rows, Tensor cols)"
-_library.define(f"sums{_schema}", tags=(torch.Tag.pt2_compliant_tag,))
-torch.library.register_fake("fastvlm_loss::sums", _sums_fake, lib=_library)
-for _device in ("CPU", "CUDA"):
-    _library.impl("sums", _sums, _device)
-
-SUMS = torch.ops.fastvlm_loss.sums.default
+SUMS = operator("sums", f"({PROBLEM}, bool need_rows, bool need_cols) -> (Tensor rows, Tensor cols)", _sums, _sums_fake)
