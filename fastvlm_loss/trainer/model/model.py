@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
@@ -16,6 +17,7 @@ from ...heads import MatchingHead
 from ...scores import check
 from .config import ModelConfig, Tokens, Vocabulary
 from .image import ImageTower, image_tower
+from .lengths import by_length
 from .text import Encoder, FusionEncoder, TextTower, VocabularyHead, add_adapters, visible
 
 __all__ = ["PARTS", "VLPretrainModel"]
@@ -139,7 +141,8 @@ class VLPretrainModel(nn.Module):
             raise ValueError(
                 f"tokens: got {tokens.shape[1]} of a text, wanted at most text.positions = {self.config.text.positions}"
             )
-        hidden = self.text(tokens, *self._masks(mask, prefix, tokens))
+        mask, prefix = self._masks(mask, prefix, tokens)
+        hidden = self._in_groups(lambda m, t, p: self.text(t, m, p), mask, (tokens,), (prefix,))
         return {"features": self._features(self.text_projection, hidden[:, 0]), "hidden": hidden}
 
     def _fuse(
@@ -153,8 +156,17 @@ class VLPretrainModel(nn.Module):
                 raise ValueError(f"{name}: got {check._got(value)}, wanted width {width}")
         if image_tokens is not None and image_tokens.shape[0] != hidden.shape[0]:
             raise ValueError(f"image_tokens: got {image_tokens.shape[0]} for {hidden.shape[0]} texts, wanted as many")
-        out: Tensor = self.fusion(hidden, visible(*self._masks(mask, prefix, hidden)), image_tokens)
-        return out
+        mask, prefix = self._masks(mask, prefix, hidden)
+        return self._in_groups(
+            lambda m, h, p, seen: self.fusion(h, visible(m, p), seen), mask, (hidden,), (prefix, image_tokens)
+        )
+
+    def _in_groups(
+        self, run: Callable[..., Tensor], mask: Tensor, texts: tuple[Tensor, ...], others: tuple[Tensor | None, ...]
+    ) -> Tensor:  # fmt: skip
+        # FSDP gathers a block for each call, and all processes must gather equally often
+        sharded = isinstance(next(iter(self.text.encoder.layer), None), FSDPModule)
+        return run(mask, *texts, *others) if sharded else by_length(run, mask, texts, others)
 
     def _match(self, fused: Tensor, image_features: Tensor, text_features: Tensor) -> Tensor:
         pair = check.features("image_features", image_features), check.features("text_features", text_features)
