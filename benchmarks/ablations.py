@@ -92,9 +92,10 @@ def figures(folder: Path) -> dict[str, float]:
 
 
 def trained(name: str, variant: str, seed: int, more: Sequence[str], folder: Path) -> dict[str, float]:
-    """Train one run, or take what an earlier call trained."""
-    output = folder / f"{name}-{store.slug(variant)}-{seed}"
+    """Train one run, or take what an earlier call trained, for whatever experiment."""
     experiment = EXPERIMENTS[name]
+    choices = " ".join([*experiment.variants[variant], *more])
+    output = folder / "-".join(filter(None, (Path(experiment.config).stem, store.slug(choices), str(seed))))
     command = [
         sys.executable, "-m", "fastvlm_loss.trainer", "--config", str(ROOT / "configs" / experiment.config),
         "--output", str(output), "--resume", "auto", "--seed", str(seed), "--tensorboard", "false",

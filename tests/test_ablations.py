@@ -39,6 +39,9 @@ def test_runs_are_trained_once_and_read_from_their_logs(tmp_path, monkeypatch):
     monkeypatch.setattr(ablations.subprocess, "run", train)
     runs = [trained("real", "ITC alone", seed, [], tmp_path) for seed in (0, 2, 0)]
     assert calls == [0, 2], "a run that is there is not trained again"
+    for name, variant in (("masking", "objects"), ("weighting", "fixed"), ("masking", "baseline")):
+        trained(name, variant, 1, [], tmp_path)
+    assert calls == [0, 2, 1, 1], "nor is the usual run for another experiment"
     result = {
         "experiment": "real", "date": "2026-01-01", "hardware": {"cpu": "CPU", "cores": 2, "instruction_set": "avx2"},
         "versions": dict.fromkeys(("python", "fastvlm_loss", "torch", "commit"), "1"), "runs": {"ITC alone": runs[:2]},
