@@ -58,17 +58,16 @@ def looks(held: Held, shown: Tensor, seed: int) -> list[Look]:
     if tokens.shape[1] == count:  # else attention to the text and to the picture look alike
         tokens, labels = F.pad(tokens, (0, 1), value=held.tokenizer.pad_id), F.pad(labels, (0, 1), value=-100)
         mask = F.pad(mask, (0, 1))
-    with torch.compiler.set_stance("force_eager"), _Watch(count) as watch:
-        fused = held.fuse(tokens, mask, None, shown)
-    if not watch.seen or side * side not in (count - 1, count - 2):  # the picture's, and a class token
-        return []
-    maps = torch.stack(watch.seen).mean(0)[:, :, count - side * side :].cpu()
     found, decode = [], held.tokenizer.decode
     for row, i in enumerate(shown.tolist()):
-        place = labels[row] >= 0
+        place, one = labels[row] >= 0, slice(row, row + 1)
+        with torch.compiler.set_stance("force_eager"), _Watch(count) as watch:
+            fused = held.fuse(tokens[one], mask[one], None, shown[one])
+        if not watch.seen or side * side not in (count - 1, count - 2):  # the picture's, and a class token
+            return []
         if bool(place.any()):
-            guess = top(held, fused[row][place.to(fused.device)]).tolist()
-            heat = maps[row][place].mean(0).reshape(side, side)
+            guess = top(held, fused[0][place.to(fused.device)]).tolist()
+            heat = torch.cat(watch.seen).mean(0)[:, count - side * side :].cpu()[place].mean(0).reshape(side, side)
             heat = heat / heat.sum().clamp(min=1e-12)  # what looks at the whole picture is left out
             found.append(
                 Look(i, decode(tokens[row].tolist()), decode(labels[row][place].tolist()), decode(guess), heat)
