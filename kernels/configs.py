@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-__all__ = ["TABLE", "Tile", "choose", "use"]
+__all__ = ["TABLE", "Tile", "choose", "shared", "use"]
 
 
 class Tile(NamedTuple):
@@ -57,6 +57,9 @@ TABLE: dict[tuple[str, int, str, int, str], Tile] = {
     ("select", 80, "ieee", ANY, "exact"): Tile(32, 32, 32, 32, 4, 2),
     ("select", 80, "tf32", ANY, "exact"): Tile(64, 32, 32, 32, 4, 3),
     ("select", 80, "tf32x3", ANY, "exact"): Tile(64, 32, 32, 32, 4, 3),
+    # static report: no spills
+    ("fused", 80, "half", ANY, "plain"): Tile(64, 32, 32, 32, 8, 3),
+    ("fused", 90, "half", ANY, "plain"): Tile(64, 64, 64, 64, 8, 3),
     # static report: no spills
     ("forward", 100, "half", ANY, "plain"): Tile(128, 128, 64, 64, 8, 3),
     ("gradient", 100, "half", ANY, "plain"): Tile(128, 128, 64, 64, 8, 3),
@@ -107,40 +110,49 @@ TABLE: dict[tuple[str, int, str, int, str], Tile] = {
 
 # kinds that have rows of their own only where they need them
 OTHERWISE = {"one": "plain", "beside": "exact", "heavy": "exact"}
-_used: dict[str, Tile] = {}
+_used: dict[str, Tile | None] = {}
 
 
 def choose(kernel: str, arch: int, precision: str, d: int, kind: str) -> Tile:
     """The tile of the newest known architecture up to `arch`, with the smallest D class that holds `d`.
 
     Args:
-        kernel: "forward", "gradient" or "select".
+        kernel: "forward", "gradient", "select", or "fused", which is forward and select in one pass.
         arch: compute capability times ten.
         precision: "half" (bf16, fp16), or how fp32 is multiplied: "ieee", "tf32", "tf32x3".
         d: feature dimension.
         kind: "plain", "one" (else as "plain"), "ids", "exact", "beside" or "heavy" (else as "exact"), or "sweep".
     """
-    if kernel in _used:
-        tile = _used[kernel]
-    else:
-        fits = [k for k in TABLE if k[0] == kernel and k[1] <= arch and k[2] == precision and d <= k[3]]
-        rows = [k for k in fits if k[4] in (kind, OTHERWISE.get(kind))]
-        if not rows:
-            raise ValueError(f"no tile for {kernel}, sm_{arch}, {precision}, D = {d}, {kind}")
-        newest = max(k[1] for k in rows)
-        tile = TABLE[min((k for k in rows if k[1] == newest), key=lambda k: (k[4] != kind, k[3]))]
+    tile = _look_up(kernel, arch, precision, d, kind)
+    if tile is None:
+        raise ValueError(f"no tile for {kernel}, sm_{arch}, {precision}, D = {d}, {kind}")
     return tile._replace(depth=min(tile.depth, max(16, 1 << (d - 1).bit_length())))
 
 
+def shared(arch: int, precision: str, d: int, kind: str) -> bool:
+    """Whether a loss and the selection beside it share one pass: where the table has a "fused" tile for them."""
+    return _look_up("fused", arch, precision, d, kind) is not None
+
+
+def _look_up(kernel: str, arch: int, precision: str, d: int, kind: str) -> Tile | None:
+    if kernel in _used:
+        return _used[kernel]
+    kinds = kind, OTHERWISE.get(kind)
+    rows = [k for k in TABLE if (k[0], k[2]) == (kernel, precision) and k[1] <= arch and d <= k[3] and k[4] in kinds]
+    best = min(rows, key=lambda k: (-k[1], k[4] != kind, k[3]), default=None)
+    return None if best is None else TABLE[best]
+
+
 @contextmanager
-def use(kernel: str, tile: Tile) -> Iterator[None]:
-    """Inside the block `kernel` takes this tile, whatever the table says: for tuning and for tests."""
-    before = _used.get(kernel)
+def use(kernel: str, tile: Tile | None) -> Iterator[None]:
+    """Inside the block `kernel` takes this tile, whatever the table says: for tuning and for tests.
+
+    None for "fused" means two passes.
+    """
+    before = dict(_used)
     _used[kernel] = tile
     try:
         yield
     finally:
-        if before is None:
-            del _used[kernel]
-        else:
-            _used[kernel] = before
+        _used.clear()
+        _used.update(before)

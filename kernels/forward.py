@@ -14,17 +14,22 @@ from .scores import TARGET, columns_of, exact_tile, hardness, numbers, rows_of, 
 
 
 @jit
+def states(to_row, to_col, hit, second, entries, row, col, i, j, partial: tl.constexpr, FLAGS: tl.constexpr):
+    """States of one tile, of rows `i` and columns `j`, along both axes, each about its own maximum."""
+    beta = hardness(entries, FLAGS)
+    in_row = partial(to_row, hit, second, row[3], j.to(tl.float32), beta, 1, FLAGS)
+    return in_row, partial(to_col, hit, second, col[3], i.to(tl.float32), beta, 0, FLAGS)
+
+
+@jit
 def _exactly(x, y, tx, ty, entries, m0, n0, M, N, row, partial: tl.constexpr, FLAGS: tl.constexpr, D: tl.constexpr,
              BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, LOAD: tl.constexpr):  # fmt: skip
-    """States of one tile along both axes, each about its own maximum."""
-    j = n0 + tl.arange(0, BN)
+    i, j = m0 + tl.arange(0, BM), n0 + tl.arange(0, BN)
     col = columns_of(entries, j, N)
-    _, s, to_col, hit, second = exact_tile(
+    _, to_row, to_col, hit, second = exact_tile(
         x, y, tx, ty, entries, row, col, m0, n0, M, N, FLAGS, D, BM, BN, BK, LOAD
     )  # fmt: skip
-    beta, i, j = hardness(entries, FLAGS), (m0 + tl.arange(0, BM)).to(tl.float32), j.to(tl.float32)
-    in_row = partial(s, hit, second, row[3], j, beta, 1, FLAGS)
-    return in_row, partial(to_col, hit, second, col[3], i, beta, 0, FLAGS)
+    return states(to_row, to_col, hit, second, entries, row, col, i, j, partial, FLAGS)
 
 
 @jit(do_not_specialize=["count"])

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 
 from .configs import Tile
 
-__all__ = ["ceil", "half", "macro_tile", "parts", "round_up", "strip"]
+__all__ = ["ceil", "half", "macro_tile", "parts", "round_up", "strips"]
 
 
-def strip(m: int, blocks: int, rows: int) -> int:
-    """Rows of a launch, at most `blocks` row blocks, alike for all launches."""
+def strips(m: int, blocks: int, rows: int, first: int | None = None) -> Iterator[tuple[int, int]]:
+    """First row and number of rows of each launch, of at most `blocks` row blocks: alike, or doubling from `first`."""
     launches = ceil(ceil(m, rows), blocks)
-    return round_up(ceil(m, launches), rows)
+    size = round_up(ceil(m, launches), rows) if first is None else min(first, blocks) * rows
+    at = 0
+    while at < m:
+        yield at, min(size, m - at)
+        at += size
+        size = size if first is None else min(2 * size, blocks * rows)
 
 
 @functools.cache

@@ -4,11 +4,14 @@ The law and the order of candidates are those of `scores/selection.py`. Of a til
 column is looked at, against the last place so far; a tile whose best does not reach it costs no more. Otherwise the
 best are taken out one by one. A column's places begin at what earlier launches found (`LEAST`), and go to memory, a
 part for every block of rows; the library's top-k joins the parts.
+
+Beside a loss the same tile may be folded into the loss's states as well, as the forward kernel does its exact way.
 """
 
 from .epilogues.topk import drained, key_of, keys, words
+from .forward import states
 from .lang import jit, tl
-from .layout import vector
+from .layout import store_vectors, vector
 from .scores import columns_of, exact_tile, numbers, rows_of
 
 
@@ -29,12 +32,13 @@ def _store(ORDER, BEST, first, i, inside, state, K: tl.constexpr):
 
 @jit(do_not_specialize=["count"])
 def select(X, Y, TX, TY, entries, LAW, ROW_TOTAL, COL_TOTAL, PLACE, LEAST, ROW, COL, M, N, first, rows, count,
-           HOW: tl.constexpr, FLAGS: tl.constexpr, D: tl.constexpr, SHAPE: tl.constexpr,
+           HOW: tl.constexpr, FOLD: tl.constexpr, FLAGS: tl.constexpr, D: tl.constexpr, SHAPE: tl.constexpr,
            LOAD: tl.constexpr):  # fmt: skip
     """Rows `first` to `first + rows` in blocks; each part of the grid takes `count` tiles of columns.
 
-    ROW and COL are (order, product), `[parts, rows, K]` and `[blocks, N, K]`, or None for a direction not asked; LEAST
-    `[N]` is the place that a column's candidate must reach. `HOW` is (K, whether there is noise, whether a floor).
+    ROW and COL are (order, product, state), of which the first two are `[parts, rows, K]` and `[blocks, N, K]`, or None
+    for a direction not asked; LEAST `[N]` is the place that a column's candidate must reach. `HOW` is (K, whether there
+    is noise, whether a floor). `FOLD` makes the states, as of the forward kernel; it may be None, and then they are.
     """
     K: tl.constexpr = HOW[0]
     BM: tl.constexpr = SHAPE[0]
@@ -48,13 +52,23 @@ def select(X, Y, TX, TY, entries, LAW, ROW_TOTAL, COL_TOTAL, PLACE, LEAST, ROW, 
     row_total = vector(ROW_TOTAL, i, i < M, 0.0)
     first_row, first_col = tl.load(PLACE + 2), tl.load(PLACE + 3)
     order, best = _places(BM, K)
+    if FOLD is not None:
+        identity: tl.constexpr = FOLD[0]
+        partial: tl.constexpr = FOLD[1]
+        merge: tl.constexpr = FOLD[2]
+        state = identity(tl.zeros((BM,), tl.float32), FLAGS)
     for tile in range(part * count, tl.minimum((part + 1) * count, tl.cdiv(N, BN))):
         n0 = tile * BN
         j = n0 + tl.arange(0, BN)
         col = columns_of(entries, j, N)
-        acc, to_row, to_col, hit, _second = exact_tile(
+        acc, to_row, to_col, hit, second = exact_tile(
             X, Y, TX, TY, entries, row, col, m0, n0, M, N, FLAGS, D, BM, BN, SHAPE[2], LOAD
         )  # fmt: skip
+        if FOLD is not None:
+            to_rows, to_cols = states(to_row, to_col, hit, second, entries, row, col, i, j, partial, FLAGS)
+            state = merge(state, to_rows, FLAGS)
+            if COL is not None:
+                store_vectors(COL[2], block.to(tl.int64) * len(to_cols) * N, N, j, j < N, to_cols)
         in_row, in_col = 0.0, 0.0
         if HOW[1]:
             in_row, in_col = words(PLACE, first_row + i, first_col + j)
@@ -71,3 +85,5 @@ def select(X, Y, TX, TY, entries, LAW, ROW_TOTAL, COL_TOTAL, PLACE, LEAST, ROW, 
             _store(COL[0], COL[1], block.to(tl.int64) * N, j, j < N, (places, products), K)
     if ROW is not None:
         _store(ROW[0], ROW[1], part.to(tl.int64) * rows - first, i, i < M, (order, best), K)
+        if FOLD is not None:
+            store_vectors(ROW[2], part.to(tl.int64) * len(state) * rows, rows, i - first, i < M, state)

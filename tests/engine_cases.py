@@ -91,8 +91,8 @@ def targets(kind, m, n, seed=0):
     return {"paired": {}, "ids": ids, "labels": labels, "labels and ids": both}[kind]
 
 
-def answer(backend, made, case, given, dtype=torch.float64, directions=(True, True), hardest=False):
-    """Value of a weighted sum of the vectors, every gradient, and the by-products, as one dict."""
+def answer(backend, made, case, given, dtype=torch.float64, directions=(True, True), hardest=False, selection=None):
+    """Value of a weighted sum of the vectors, every gradient, the by-products and what is selected, as one dict."""
     build, options, more = CASES[case]
     small = torch.float64 if dtype == torch.float64 else torch.float32
     own = {k: v.detach().to(dtype if k in ("x", "y", "tx", "ty") else small).requires_grad_() for k, v in made.items()}
@@ -100,11 +100,12 @@ def answer(backend, made, case, given, dtype=torch.float64, directions=(True, Tr
         p = Problem.of(own["x"], own["y"], own["scale"], own["bias"], **given)
         p = p if build is None else build(p, own)
         verb = tile.hinge if "hinge" in case else tile.softmax
-        t = verb(p, rows=directions[0], cols=directions[1], hardest=hardest, **options)
+        t = verb(p, rows=directions[0], cols=directions[1], hardest=hardest, selection=selection, **options)
         weight = torch.linspace(0.2, 1.0, len(t.nll), dtype=t.nll.dtype)
         value = (t.nll * weight).sum() + (0.0 if t.gap is None else (t.gap * weight.flip(0)).sum())
         wanted = [*FEATURES, *more]
         found = torch.autograd.grad(value, [own[k] for k in wanted], allow_unused=True)
         by = {k: v if t.targets is None else torch.where(t.targets > 0, v, 0) for k, v in t.summary.items()}
     gradients = {k: own[k].detach() * 0 if g is None else g for k, g in zip(wanted, found, strict=True)}
-    return {"value": value.detach(), **gradients, **{f"summary {k}": v for k, v in by.items()}}
+    picked = dict(zip(("order", "product"), t.selected or (), strict=False))
+    return {"value": value.detach(), **gradients, **{f"summary {k}": v for k, v in by.items()}, **picked}

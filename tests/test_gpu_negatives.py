@@ -1,17 +1,18 @@
-"""The selection kernel: the same indices as chunked PyTorch, exact order, and what only a GPU can show.
+"""The selection kernel, alone and beside a loss: the indices of chunked PyTorch, exact order, what only a GPU shows.
 
 With FASTVLM_TEST_DEVICE=cpu and TRITON_INTERPRET=1 it runs in Triton's interpreter; test_kernels.py does that.
 """
 
 import math
 import os
+from contextlib import nullcontext
 
 import pytest
 import torch
 from fastvlm_loss.kernels import configs
 
 import fastvlm_loss
-from fastvlm_loss import BatchNegatives, clip_loss, filters, hard_negatives
+from fastvlm_loss import BatchNegatives, clip_loss, filters, hard_negatives, triplet_loss
 from fastvlm_loss.backends import triton as backend
 
 DEVICE = os.environ.get("FASTVLM_TEST_DEVICE", "cuda")
@@ -104,13 +105,88 @@ def test_nan_is_excluded():
     assert bool((text[3] == -1).all()) and bool((image[5] == -1).all())
 
 
+def beside(x, y, k, hardness, options, loss=clip_loss):
+    """Loss, gradients and negatives of a loss's own pass."""
+    given = (10.0,) if loss is clip_loss else ()
+    own = [t.clone().requires_grad_() for t in (x, y)]
+    negatives = BatchNegatives(k, hardness=hardness, seed=5, step=3)
+    with fastvlm_loss.backend("triton"):
+        value = loss(*own, *given, negatives=negatives, **options)
+        gradients = torch.autograd.grad(value, own)
+    found = negatives.found
+    return (value.detach(), *gradients), (found.text_index, found.image_index, found.text_score, found.image_score)
+
+
+def assert_one_pass_is_two(x, y, k, hardness=1.0, options=None, loss=clip_loss, tile=None):
+    with configs.use("fused", tile) if tile else nullcontext():
+        numbers, picked = beside(x, y, k, hardness, options or {}, loss)
+    with configs.use("fused", None):
+        others, wanted = beside(x, y, k, hardness, options or {}, loss)
+    for got, want in zip(picked, wanted, strict=True):
+        assert torch.equal(got, want)
+    for got, want in zip(numbers, others, strict=True):
+        few = max(1e-5, 4 * torch.finfo(want.dtype).eps)
+        torch.testing.assert_close(got, want, rtol=few, atol=few * float(want.abs().amax()) if want.numel() else 0.0)
+
+
+SHARED = {
+    "pairs": lambda: {},
+    "ids": lambda: {"image_ids": torch.arange(N, device=DEVICE) // 3 - 1},
+    "labels": lambda: {"labels": torch.arange(N, device=DEVICE).flip(0) // 2 - 1, "label_smoothing": 0.1},
+    "filters": lambda: {"filters": filters.relative(0.5)},
+}
+
+
+@pytest.mark.parametrize(
+    ("option", "k", "hardness"),
+    [
+        ("pairs", 1, 1.0), ("pairs", 8, math.inf), ("ids", 3, 1.0), ("labels", 1, 1.0), ("filters", 3, math.inf),
+    ],
+)  # fmt: skip
+def test_one_pass_for_a_loss_and_its_negatives_is_two(option, k, hardness):
+    dtype = DTYPES[k % 3]
+    x, y = (lattice(N, 24, s, dtype) / 8 for s in (0, 1))
+    assert_one_pass_is_two(x, y, k, hardness, SHARED[option]())
+
+
+@pytest.mark.parametrize(("m", "n"), [(1, 1), (70, 33), (0, 5), (5, 0)])
+def test_one_pass_of_any_size(m, n):
+    x, y = (lattice(size, 12, s, torch.bfloat16) / 8 for s, size in enumerate((m, n)))
+    labels = torch.arange(m, device=DEVICE) % n if n else torch.full((m,), -1, device=DEVICE)
+    assert_one_pass_is_two(x, y, 3, options={"labels": labels})
+
+
+def test_one_pass_beside_hinges():
+    x, y = (lattice(60, 16, s, torch.float16) / 8 for s in (0, 1))
+    assert_one_pass_is_two(x, y, 2, loss=triplet_loss)
+
+
+def test_one_pass_is_one_launch_a_strip(monkeypatch):
+    class Counted:
+        def __init__(self, name):
+            self.kernel, self.launches = getattr(backend, name), 0
+            monkeypatch.setattr(backend, name, self)
+
+        def __getitem__(self, grid):
+            self.launches += 1
+            return self.kernel[grid]
+
+    rows = 64 if ON_GPU else 16
+    m, n, tile = 5 * rows + 10, 40, configs.Tile(rows, 32, 16, 32, warps=4, stages=2)
+    x, y = (lattice(size, 16, s, torch.bfloat16) / 8 for s, size in enumerate((m, n)))
+    forward, select = Counted("forward_kernel"), Counted("select_kernel")
+    with configs.use("select", tile):
+        assert_one_pass_is_two(x, y, 3, math.inf, {"labels": torch.arange(m, device=DEVICE) % n}, tile=tile)
+    assert (forward.launches, select.launches) == (1, 2 + 2)  # four blocks of rows, then the rest; and beside forward
+
+
 def test_beside_a_loss():
     x, y = (lattice(70, 16, s, torch.bfloat16) / 8 for s in (0, 1))
     with fastvlm_loss.backend("triton"):
         negatives = BatchNegatives(3, scale=2.0, seed=1, step=2)
         loss = clip_loss(x, y, 10.0, negatives=negatives)
         alone = hard_negatives(x, y, 3, scale=2.0, seed=1, step=2)
-        assert torch.equal(loss, clip_loss(x, y, 10.0))
+        torch.testing.assert_close(loss, clip_loss(x, y, 10.0), rtol=1e-6, atol=1e-6)
     assert torch.equal(negatives.found.text_index, alone.text_index)
     assert torch.equal(negatives.found.image_index, alone.image_index)
 

@@ -11,9 +11,20 @@ SIZES = [1, 65, 128, 517, 3072, 8192, 10000, 65536, 262144, 1048576]
 @pytest.mark.parametrize("m", SIZES)
 def test_strips_cover_the_rows_alike(m):
     for blocks in (1, 21, 341):
-        strip = plan.strip(m, blocks, 128)
-        assert strip % 128 == 0 and strip <= blocks * 128
-        assert plan.ceil(m, strip) <= plan.ceil(plan.ceil(m, 128), blocks)  # no launch more than the bound asks for
+        found = list(plan.strips(m, blocks, 128))
+        assert [at for at, _ in found] == [found[0][1] * k for k in range(len(found))]
+        assert sum(size for _, size in found) == m and found[0][1] <= blocks * 128
+        assert len(found) == 1 or found[0][1] % 128 == 0
+        assert len(found) <= plan.ceil(plan.ceil(m, 128), blocks)  # no launch more than the bound asks for
+
+
+@pytest.mark.parametrize("m", SIZES)
+def test_strips_may_double(m):
+    for blocks in (1, 21, 341):
+        found = list(plan.strips(m, blocks, 128, first=4))
+        wanted = [min(4 << k, blocks) * 128 for k in range(len(found))]
+        assert [at for at, _ in found] == [sum(wanted[:k]) for k in range(len(found))]
+        assert [size for _, size in found[:-1]] == wanted[:-1] and sum(size for _, size in found) == m
 
 
 @pytest.mark.parametrize("n", SIZES)

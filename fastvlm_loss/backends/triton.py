@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from ..kernels import configs, plan
-from ..kernels.epilogues.topk import EMPTY
 from ..kernels.forward import forward as forward_kernel
 from ..kernels.gradient import gradient as gradient_kernel
 from ..kernels.lang import HAS_TRITON
@@ -23,8 +22,9 @@ from ..kernels.launch import INTERPRETED, add_product, aligned, descriptor, devi
 from ..kernels.merge import merge as merge_kernel
 from ..kernels.scores import BIASED, IDS
 from ..kernels.select import select as select_kernel
+from ..scores.places import Places
 from ..scores.problem import Problem
-from ..scores.selection import NOBODY, Selection, join
+from ..scores.selection import Selection
 from ..scores.statistic import Statistic
 from ..scores.statistics import LN2, Hinge, Sigmoid, Softmax, gradient_dtype
 
@@ -89,86 +89,72 @@ def runs_on() -> str:
 def statistics(
     problem: Problem, statistic: Statistic, keep: bool = False, selection: Selection | None = None
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-    """State `[fields, L]` of all rows, then all columns. Keeps no products: making them again costs less than storing.
+    """State `[fields, L]` of all rows, then all columns, and that of a selection, `[L, k]`.
 
-    Each strip of rows is one launch; its column states, one a row block, are merged into the result by another.
+    Keeps no products: making them again costs less than storing. Both states are of one pass where the table of tiles
+    has one for it, and else of a pass each.
     """
     m, n = problem.x.shape[0], problem.y.shape[0]
-    rows, cols = statistic.lengths(m, n)
-    best = None if selection is None else choose_candidates(problem, statistic, selection)
-    if not m or not n or not statistic.fields:
-        return statistic.identity(problem.x, torch.float32, rows + cols), problem.x.new_empty(0), best
-    fields, new = statistic.fields, problem.scale.new_empty
-    state = new((fields, rows + cols))
+    length = sum(statistic.lengths(m, n))
+    places = None if selection is None else Places(selection, *selection.empty(problem.x, length))
+    best = None if places is None else (places.order, places.product)
+    if not m or not n:
+        return statistic.identity(problem.x, torch.float32, length), problem.x.new_empty(0), best
+    state = problem.scale.new_empty((statistic.fields, length))
     with _on(problem.x.device):
-        call = _Call.of("forward", problem, statistic)
-        tile = call.tile
-        strip = plan.strip(m, max(1, _workspace // (4 * fields * n)) if cols else m, tile.rows)
-        for first in range(0, m, strip):
-            size = min(strip, m - first)
-            blocks = plan.ceil(size, tile.rows)
-            count, parts = plan.parts(blocks, plan.ceil(n, tile.cols), call.processors)
-            to_rows = new((parts, fields, size)) if rows else None
-            to_cols = new((blocks, fields, n)) if cols else None
-            forward_kernel[(blocks * parts,)](
-                *call.operands, *call.second, call.entries, to_rows, to_cols, m, n, first, size, count,
-                call.fold, call.flags, call.d, call.shape, call.load, **call.options,
-            )  # fmt: skip
-            if to_rows is not None:
-                _merge(to_rows, state[:, first : first + size], statistic, call.fold, onto=False)
-            if to_cols is not None:
-                _merge(to_cols, state[:, rows:], statistic, call.fold, onto=first > 0)
+        if places is not None and _share(problem, statistic, places):
+            _walk("fused", problem, statistic, state, places)
+        else:
+            if places is not None:
+                _walk("select", problem, statistic, state[:0], places)
+            if statistic.fields:
+                _walk("forward", problem, statistic, state, None)
     return state, problem.x.new_empty(0), best
 
 
-def choose_candidates(problem: Problem, statistic: Statistic, selection: Selection) -> tuple[Tensor, Tensor]:
-    """State `[L, k]` of a selection.
+def _share(problem: Problem, statistic: Statistic, places: Places) -> bool:
+    """Whether a statistic and a selection are made in one pass over the scores."""
+    x, kind = problem.x, _kind("fused", statistic, problem.row_id is not None, places)
+    return statistic.fields > 0 and configs.shared(device()[0], precision(x.dtype), x.shape[1], kind)
 
-    Strips of rows double in size: what the first find lets the columns of the later ones leave out nearly everything.
+
+def _walk(kernel: str, problem: Problem, statistic: Statistic, state: Tensor, places: Places | None) -> None:
+    """One pass over the scores into a state (which may have no fields), the places of a selection, or both.
+
+    Each strip of rows is one launch, and others join its parts. With a selection strips double in size: what the first
+    find lets the columns of the later ones leave out nearly everything.
     """
     m, n = problem.x.shape[0], problem.y.shape[0]
     rows, cols = statistic.lengths(m, n)
-    places = selection.empty(problem.x, rows + cols)
-    if not m or not n:
-        return places
-    k = max(2, 1 << (selection.k - 1).bit_length())
-    how = k, selection.noise, selection.totals is not None
-    totals = (None, None) if selection.totals is None else (selection.totals[:rows], selection.totals[rows:])
-    to_row, to_col = (tuple(t[side] for t in places) for side in (slice(0, rows), slice(rows, None)))
-    with _on(problem.x.device):
-        call = _Call.of("select", problem, statistic, "heavy" if k > MANY else _exact_kind(statistic))
-        tile = call.tile
-        blocks, most = (WARM, max(1, _workspace // (4 * 12 * k * n))) if cols else (plan.ceil(m, tile.rows),) * 2
-        first = 0
-        while first < m:
-            size = min(min(blocks, most) * tile.rows, m - first)
-            high = plan.ceil(size, tile.rows)
-            count, parts = plan.parts(high, plan.ceil(n, tile.cols), call.processors)
-            row, col = (
-                (places[0].new_empty((*shape, k)), places[1].new_empty((*shape, k))) if asked else None
-                for asked, shape in ((rows, (parts, size)), (cols, (high, n)))
-            )
-            least = to_col[0][:, -1].contiguous() if cols else None
-            select_kernel[(high * parts,)](
-                *call.operands[:2], *call.second, call.entries, selection.law, *totals, selection.place, least, row,
-                col, m, n, first, size, count, how, call.flags, call.d, call.shape[:3], call.load, **call.options,
+    call = _Call.of(kernel, problem, statistic, places)
+    tile, fields, width = call.tile, state.shape[0], 0 if places is None else places.width
+    most = max(1, _workspace // (4 * (fields + 12 * width) * n)) if cols else plan.ceil(m, tile.rows)
+
+    def parts_of(count: int, length: int) -> tuple[Any, Any, Any]:
+        states = problem.scale.new_empty((count, fields, length)) if fields else None
+        return (None, None, states) if places is None else (*places.parts(count, length), states)
+
+    for first, size in plan.strips(m, most, tile.rows, WARM if places is not None and cols else None):
+        blocks = plan.ceil(size, tile.rows)
+        count, parts = plan.parts(blocks, plan.ceil(n, tile.cols), call.processors)
+        of_rows, of_cols = parts_of(parts, size) if rows else None, parts_of(blocks, n) if cols else None
+        place = m, n, first, size, count
+        if places is None:
+            forward_kernel[(blocks * parts,)](
+                *call.operands, *call.second, call.entries, of_rows and of_rows[2], of_cols and of_cols[2], *place,
+                call.fold, call.flags, call.d, call.shape, call.load, **call.options,
             )  # fmt: skip
-            if row is not None:
-                here = tuple(t[first : first + size] for t in to_row)
-                _place(here, row, selection.k)
-            if col is not None:
-                _place(to_col, col, selection.k)
-            first, blocks = first + size, 2 * blocks
-    return places
-
-
-def _place(state: tuple[Tensor, ...], parts: tuple[Tensor, Tensor], k: int) -> None:
-    """Join the parts `[parts, length, K]` of a launch into the state `[length, k]`."""
-    order, best = (t.transpose(0, 1).flatten(1) for t in parts)
-    order = torch.where(order < EMPTY.value, NOBODY, order)
-    joined = join((state[0], state[1]), (order, best), k)
-    for t, new in zip(state, joined, strict=True):
-        t.copy_(new)
+        else:
+            select_kernel[(blocks * parts,)](
+                *call.operands[:2], *call.second, call.entries, *places.law(rows), of_rows, of_cols, *place,
+                places.how, call.fold if fields else None, call.flags, call.d, call.shape[:3], call.load,
+                **call.options,
+            )  # fmt: skip
+        for made, at, onto in ((of_rows, slice(first, first + size), False), (of_cols, slice(rows, None), first > 0)):
+            if made is not None and fields:
+                _merge(made[2], state[:, at], statistic, call.fold, onto)
+            if made is not None and places is not None:
+                places.join(made[0], made[1], at)
 
 
 def unit(problem: Problem, statistic: Statistic, cotangents: tuple[Tensor, ...]) -> Tensor:
@@ -308,15 +294,14 @@ class _Call:
     pull: Any
 
     @classmethod
-    def of(cls, kernel: str, p: Problem, statistic: Statistic | Sigmoid, kind: str = "") -> _Call:
+    def of(cls, kernel: str, p: Problem, statistic: Statistic | Sigmoid, places: Places | None = None) -> _Call:
         """Tile, operands and options, from the problem and the GPU at hand."""
         arch, processors = device()
         ids = p.row_id is not None and p.col_id is not None
         cheap = statistic.plain and not (ids and statistic.positive_ids)
         x, y = aligned(p.x), aligned(p.y)
-        kind = kind or ((statistic.kind, "ids")[ids] if cheap else _exact_kind(statistic))
-        how = precision(p.x.dtype)
-        tile, tma = configs.choose(kernel, arch, how, x.shape[1], kind), arch >= 90
+        how, tma = precision(p.x.dtype), arch >= 90
+        tile = configs.choose(kernel, arch, how, x.shape[1], _kind(kernel, statistic, ids, places))
         operands = tuple(
             operand(t, rows, tile.depth, tma) for t, rows in ((x, tile.rows), (y, tile.cols), (y, tile.piece))
         )
@@ -360,8 +345,12 @@ class _Call:
         return descriptor(g, rows, wide), descriptor(g, rows, self.tile.piece)
 
 
-def _exact_kind(statistic: Statistic | Sigmoid) -> str:
-    """The tile of the exact way: by how many options need many registers, and whether a second product does."""
+def _kind(kernel: str, statistic: Statistic | Sigmoid, ids: bool, places: Places | None) -> str:
+    """Of its tiles in the table: by what may share an exponential, or else by how many registers the options want."""
+    if kernel in ("select", "fused") and places is not None and places.width > MANY:
+        return "heavy"
+    if kernel != "select" and statistic.plain and not (ids and statistic.positive_ids):
+        return "ids" if ids else statistic.kind
     several = [getattr(statistic, name, False) for name in ("teacher", "hardness", "hardest")]
     if sum(several) + (statistic.limit or statistic.guide) > 1:
         return "heavy"
