@@ -20,9 +20,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from fastvlm_loss.kernels import configs
 from torch import Tensor
 
 from fastvlm_loss import BatchNegatives, clip_loss, hard_negatives
+from fastvlm_loss.backends import triton
 
 from . import store
 from .machine import hardware, versions
@@ -39,6 +41,7 @@ OURS, DRAWN, PRODUCT, DENSE, GUMBEL, LOOP = (
     "usual loop",
 )  # fmt: skip
 ALONE, FUSED, APART = "clip_loss alone", "clip_loss with negatives", "clip_loss, then negatives"
+TWICE = "clip_loss with negatives, in two passes"  # where the table of tiles says one: which is faster on this GPU?
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,11 @@ def _beside(x: Tensor, y: Tensor, k: int) -> object:
     return negatives.found
 
 
+def _twice(x: Tensor, y: Tensor, k: int) -> object:
+    with configs.use("fused", None):
+        return _beside(x, y, k)
+
+
 CONTESTANTS: dict[str, Call] = {
     PRODUCT: lambda x, y, k: x @ y.T,
     OURS: lambda x, y, k: hard_negatives(x, y, k, hardness=math.inf),
@@ -99,6 +107,7 @@ CONTESTANTS: dict[str, Call] = {
     LOOP: _loop,
     ALONE: lambda x, y, k: clip_loss(x, y, SCALE),
     FUSED: _beside,
+    TWICE: _twice,
     APART: lambda x, y, k: (clip_loss(x, y, SCALE), hard_negatives(x, y, k, seed=0, step=0)),
 }
 
@@ -111,15 +120,17 @@ def features(size: Size, dtype: torch.dtype, device: str) -> tuple[Tensor, Tenso
     return F.normalize(x, dim=1).to(dtype), F.normalize(y, dim=1).to(dtype)
 
 
-def takes_part(who: str, size: Size) -> bool:
-    """The loop is for the batches it was written for."""
+def takes_part(who: str, size: Size, device: str) -> bool:
+    """The loop is for the batches it was written for, and only the Triton backend has the choice of two passes."""
+    if who == TWICE:
+        return torch.device(device).type == "cuda" and not triton.unavailable()
     return who != LOOP or size.n <= 1024
 
 
 def measure(size: Size, dtype: torch.dtype, device: str, rounds: int) -> list[dict[str, Any]]:
     """A row a contestant; every call is interleaved with the others."""
     x, y = features(size, dtype, device)
-    calls = {who: _bound(call, x, y, size.k) for who, call in CONTESTANTS.items() if takes_part(who, size)}
+    calls = {who: _bound(call, x, y, size.k) for who, call in CONTESTANTS.items() if takes_part(who, size, device)}
     with torch.no_grad():
         timings = interleaved(calls, rounds, device)
     kind = str(dtype).removeprefix("torch.")
@@ -172,6 +183,8 @@ def targets(rows: list[dict[str, Any]], device: str) -> list[str]:
         asked.append(("time of drawing over dense Gumbel top-k", of(DRAWN), of(GUMBEL), 0.5))
     else:
         asked.append(("time of drawing over the usual loop", of(DRAWN), of(LOOP), 0.2))
+    if device != "cpu":
+        asked.append(("time of a loss with negatives over its two passes", of(FUSED), of(TWICE), 1.0))
     for what, ours, theirs, most in asked:
         if ours is None or theirs is None:
             found.append(f"not measured: {what}")
