@@ -5,7 +5,7 @@ column is looked at, against the last place so far; a tile whose best does not r
 best are taken out one by one. A column's places begin at what earlier launches found (`LEAST`), and go to memory, a
 part for every block of rows; the library's top-k joins the parts.
 
-Beside a loss the same tile may be folded into the loss's states as well, as the forward kernel does its exact way.
+Beside a loss the same tile is also folded into the loss's states, the exact way of the forward kernel.
 """
 
 from .epilogues.topk import drained, key_of, keys, words
@@ -38,7 +38,7 @@ def select(X, Y, TX, TY, entries, LAW, ROW_TOTAL, COL_TOTAL, PLACE, LEAST, ROW, 
 
     ROW and COL are (order, product, state), of which the first two are `[parts, rows, K]` and `[blocks, N, K]`, or None
     for a direction not asked; LEAST `[N]` is the place that a column's candidate must reach. `HOW` is (K, whether there
-    is noise, whether a floor). `FOLD` makes the states, as of the forward kernel; it may be None, and then they are.
+    is noise, whether a floor). `FOLD` makes the states, as in forward; with None there are none.
     """
     K: tl.constexpr = HOW[0]
     BM: tl.constexpr = SHAPE[0]

@@ -11,7 +11,7 @@ from fastvlm_loss.backends import triton as backend
 from fastvlm_loss.scores.statistics import Hinge, Softmax
 from tools.devices import DEVICES
 from tools.dryrun import dry_run
-from tools.kernel_cases import problem, step, sweep
+from tools.kernel_cases import problem, select, step, sweep
 
 # what a pull request must not break; the others on demand
 ARCHS = [90, pytest.param(80, marks=pytest.mark.slow), pytest.param(100, marks=pytest.mark.slow)]
@@ -23,7 +23,7 @@ SUFFIX = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 def small_tiles():
     """Tiles that compile fast, for what does not depend on them."""
     tile = configs.Tile(32, 32, 32, 32, warps=4, stages=2)
-    with configs.use("forward", tile), configs.use("gradient", tile):
+    with configs.use("forward", tile), configs.use("gradient", tile), configs.use("fused", tile):
         yield
 
 
@@ -129,6 +129,13 @@ def test_options(arch, statistic, small_tiles):
     of_teacher = ["gradient"] * getattr(statistic, "teacher", False)
     assert names(launches) == ["forward", "merge", "merge", "gradient", *of_teacher]
     assert_covers(launches, 256, 256)
+
+
+def test_a_loss_and_its_negatives_are_one_launch(small_tiles):
+    together = 90, select, problem(128, 128, 64, targets="ids"), 2, False, False, Softmax(gap=True)
+    assert names(made(*together)) == ["select", "merge", "merge"]
+    with configs.use("fused", None), configs.use("select", configs.Tile(32, 32, 32, 32, warps=4, stages=2)):
+        assert names(made(*together)) == ["select", "forward", "merge", "merge"]
 
 
 def test_what_is_not_asked_for_is_not_read(small_tiles):

@@ -146,7 +146,8 @@ SHARED = {
 def test_one_pass_for_a_loss_and_its_negatives_is_two(option, k, hardness):
     dtype = DTYPES[k % 3]
     x, y = (lattice(N, 24, s, dtype) / 8 for s in (0, 1))
-    assert_one_pass_is_two(x, y, k, hardness, SHARED[option]())
+    tile = None if dtype != torch.float32 else configs.Tile(64, 32, 32, 32, warps=4, stages=2)  # whatever the table has
+    assert_one_pass_is_two(x, y, k, hardness, SHARED[option](), tile=tile)
 
 
 @pytest.mark.parametrize(("m", "n"), [(1, 1), (70, 33), (0, 5), (5, 0)])

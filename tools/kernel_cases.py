@@ -92,9 +92,10 @@ def sweep(given: Problem, needs: tuple[bool, bool, bool] = (True, True, True), w
 
 
 def select(
-    given: Problem, k: int, noise: bool = True, floor: bool = False, statistic: Candidates | None = None
-) -> None:
-    """The k best candidates of each row and column through the operator."""
+    given: Problem, k: int, noise: bool = True, floor: bool = False,
+    statistic: Softmax | Hinge | Candidates | None = None,
+) -> None:  # fmt: skip
+    """The k best candidates of each row and column through the operator, alone or beside a statistic."""
     statistic = statistic or Candidates()
     given = with_options(given, statistic)
     length = sum(statistic.lengths(given.x.shape[0], given.y.shape[0]))
@@ -143,12 +144,27 @@ FAMILY = {
     "hardest guide": (Softmax(hardest=True, limit=True, guide=True), ("ids",)),
     "hardest margin": (Softmax(hardest=True, margin=True), ("ids",)),
 }
+# what a loss with negatives asks for, plain and with as much as the kinds of tiles are made for
+BESIDE = {
+    "plain": (Softmax(), "paired"),
+    "ids": (Softmax(), "ids"),
+    "smoothed": (Softmax(gap=True), "ids"),
+    "tempered taught": (Softmax(teacher=True, factor=True), "ids"),
+    "in": (Softmax(positives="in"), "ids"),
+    "hard": (Softmax(hardness=True), "ids"),
+    "hinge": (Hinge(), "ids"),
+    "limit": (Softmax(limit=True, gap=True), "ids"),
+    "guide": (Softmax(limit=True, guide=True, gap=True), "ids"),
+    "hardest": (Softmax(hardest=True, gap=True), "ids"),
+    "guide hard": (Softmax(hardness=True, limit=True, guide=True), "ids"),
+    "hardest taught": (Softmax(hardest=True, teacher=True), "ids"),
+}
 ONE_WAY = ("in", "hard", "hinge", "margin", "guide", "hardest hinge")  # the largest of each kind, along rows alone
 
 
 def shipped() -> list[Case]:
     """All of them: bf16 in every way at a common width, then the other dtypes and widths in the main ways."""
-    return [*_common(), *_family(), *_selections(), *_dtypes(), *_widths(), *_partial()]
+    return [*_common(), *_family(), *_selections(), *_beside(), *_dtypes(), *_widths(), *_partial()]
 
 
 def _common() -> Iterator[Case]:
@@ -200,6 +216,21 @@ def _selections() -> Iterator[Case]:
         yield Case(
             f"drawn 8 ids {how} 768", partial(_with_precision, setting, partial(select, full, 8)), products=products
         )
+
+
+def _beside() -> Iterator[Case]:
+    """A loss and its negatives in one pass; two calls in bf16, the others in fp16, whose kernels are alike."""
+    for name, (statistic, targets) in BESIDE.items():
+        half = torch.bfloat16 if name in ("plain", "guide") else torch.float16
+        for dtype, k, noise in ((half, 8, True), (torch.float16, 16, True), (torch.float16, 8, False)):
+            said = f"{'drawn' if noise else 'largest'} {k} beside {name}"
+            call = partial(select, problem(512, 512, 768, dtype, targets), k, noise, statistic=statistic)
+            yield Case(f"{said} {targets} {'fp16' if dtype == torch.float16 else 'bf16'} 768", call)
+    given = problem(512, 512, 768, torch.float16)
+    for k in (1, 64):
+        yield Case(f"drawn {k} beside plain paired fp16 768", partial(select, given, k, statistic=Softmax()))
+    one = partial(select, given, 8, statistic=Softmax(cols=False))
+    yield Case("drawn 8 beside plain rows paired fp16 768", one)
 
 
 def _dtypes() -> Iterator[Case]:

@@ -347,12 +347,14 @@ class _Call:
 
 def _kind(kernel: str, statistic: Statistic | Sigmoid, ids: bool, places: Places | None) -> str:
     """Of its tiles in the table: by what may share an exponential, or else by how many registers the options want."""
-    if kernel in ("select", "fused") and places is not None and places.width > MANY:
+    width, fused = 0 if places is None else places.width, kernel == "fused"
+    if width > MANY:
         return "heavy"
-    if kernel != "select" and statistic.plain and not (ids and statistic.positive_ids):
+    many = fused and width > MANY // 2  # beside a state they are one more option, and the hardest is two
+    if kernel != "select" and statistic.plain and not (ids and statistic.positive_ids) and not many:
         return "ids" if ids else statistic.kind
-    several = [getattr(statistic, name, False) for name in ("teacher", "hardness", "hardest")]
-    if sum(several) + (statistic.limit or statistic.guide) > 1:
+    names = ("teacher", "hardness", "hardest", *(("hardest",) if fused else ()))
+    if sum(getattr(statistic, name, False) for name in names) + many + (statistic.limit or statistic.guide) > 1:
         return "heavy"
     return "beside" if statistic.guide or statistic.margin else "exact"
 

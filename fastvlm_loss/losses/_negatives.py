@@ -1,4 +1,4 @@
-"""Hard negatives as a by-product of a loss: on a CPU one product of the features serves both."""
+"""Hard negatives as a by-product of a loss: one product of the features serves both."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ __all__ = ["BatchNegatives"]
 class BatchNegatives:
     """Negatives for image-text matching from a loss's own pass: `clip_loss(..., negatives=negatives)` fills it.
 
-    What `hard_negatives` picks with the loss's labels, ids and filters; on a CPU without a second product of the
-    features.
+    What `hard_negatives` picks with the loss's labels, ids and filters, without a second product of the features: on a
+    CPU, and on a GPU in bf16 and fp16; not beside `group=`.
 
     Args:
         k, hardness, scale, seed, step: as of `hard_negatives`.
