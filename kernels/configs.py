@@ -57,10 +57,17 @@ TABLE: dict[tuple[str, int, str, int, str], Tile] = {
     ("select", 80, "ieee", ANY, "exact"): Tile(32, 32, 32, 32, 4, 2),
     ("select", 80, "tf32", ANY, "exact"): Tile(64, 32, 32, 32, 4, 3),
     ("select", 80, "tf32x3", ANY, "exact"): Tile(64, 32, 32, 32, 4, 3),
-    # static report: no spills; what has no row here takes two passes, forward's and the selection's
+    # static report: no spills; what has no row here takes two passes, forward's and the selection's: tf32x3, and
+    # "crowded", with three options that need registers or more than 16 places
     ("fused", 80, "half", ANY, "plain"): Tile(64, 32, 32, 32, 8, 3),
     ("fused", 80, "half", ANY, "ids"): Tile(64, 32, 32, 32, 8, 3),
     ("fused", 80, "half", ANY, "exact"): Tile(64, 32, 32, 32, 8, 3),
+    ("fused", 80, "ieee", ANY, "plain"): Tile(32, 32, 32, 32, 8, 2),
+    ("fused", 80, "ieee", ANY, "ids"): Tile(32, 32, 32, 32, 8, 2),
+    ("fused", 80, "ieee", ANY, "exact"): Tile(32, 32, 32, 32, 8, 2),
+    ("fused", 80, "tf32", ANY, "plain"): Tile(64, 32, 32, 32, 8, 3),
+    ("fused", 80, "tf32", ANY, "ids"): Tile(64, 32, 32, 32, 8, 3),
+    ("fused", 80, "tf32", ANY, "exact"): Tile(64, 32, 32, 32, 8, 3),
     ("fused", 90, "half", ANY, "plain"): Tile(64, 64, 64, 64, 8, 3),
     ("fused", 90, "half", ANY, "ids"): Tile(64, 64, 64, 64, 8, 3),
     ("fused", 90, "half", ANY, "exact"): Tile(64, 64, 64, 64, 8, 3),
@@ -127,7 +134,8 @@ def choose(kernel: str, arch: int, precision: str, d: int, kind: str) -> Tile:
         arch: compute capability times ten.
         precision: "half" (bf16, fp16), or how fp32 is multiplied: "ieee", "tf32", "tf32x3".
         d: feature dimension.
-        kind: "plain", "one" (else as "plain"), "ids", "exact", "beside" or "heavy" (else as "exact"), or "sweep".
+        kind: "plain", "one" (else as "plain"), "ids", "exact", "beside" or "heavy" (else as "exact"), "sweep", or
+            "crowded", which has no "fused" tile.
     """
     tile = _look_up(kernel, arch, precision, d, kind)
     if tile is None:

@@ -346,16 +346,18 @@ class _Call:
 
 
 def _kind(kernel: str, statistic: Statistic | Sigmoid, ids: bool, places: Places | None) -> str:
-    """Of its tiles in the table: by what may share an exponential, or else by how many registers the options want."""
+    """Of its tiles in the table: by what may share an exponential, or else by how many registers are wanted."""
     width, fused = 0 if places is None else places.width, kernel == "fused"
     if width > MANY:
-        return "heavy"
-    many = fused and width > MANY // 2  # beside a state they are one more option, and the hardest is two
-    if kernel != "select" and statistic.plain and not (ids and statistic.positive_ids) and not many:
-        return "ids" if ids else statistic.kind
+        return "crowded" if fused else "heavy"
+    # beside a state more than eight places are an option like another, and the hardest negative is two
     names = ("teacher", "hardness", "hardest", *(("hardest",) if fused else ()))
-    if sum(getattr(statistic, name, False) for name in names) + many + (statistic.limit or statistic.guide) > 1:
-        return "heavy"
+    crowd = sum(getattr(statistic, name, False) for name in names) + (statistic.limit or statistic.guide)
+    crowd += fused and width > MANY // 2
+    if crowd > 1:
+        return "crowded" if fused and crowd > 2 else "heavy"
+    if kernel != "select" and statistic.plain and not (ids and statistic.positive_ids) and not crowd:
+        return "ids" if ids else statistic.kind
     return "beside" if statistic.guide or statistic.margin else "exact"
 
 

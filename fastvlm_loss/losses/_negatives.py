@@ -15,8 +15,8 @@ __all__ = ["BatchNegatives"]
 class BatchNegatives:
     """Negatives for image-text matching from a loss's own pass: `clip_loss(..., negatives=negatives)` fills it.
 
-    What `hard_negatives` picks with the loss's labels, ids and filters, without a second product of the features: on a
-    CPU, and on a GPU in bf16 and fp16; not beside `group=`.
+    What `hard_negatives` picks with the loss's labels, ids and filters, and without a second product of the features,
+    except with `group=` and, on a GPU, beside several options or with k above 16.
 
     Args:
         k, hardness, scale, seed, step: as of `hard_negatives`.
