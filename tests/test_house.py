@@ -11,6 +11,7 @@ import pytest
 
 import fastvlm_loss
 from fastvlm_loss.backends import cpp
+from fastvlm_loss.losses import documented
 
 ROOT = Path(__file__).parents[1]
 # ground first; a floor imports only those below it
@@ -73,6 +74,39 @@ CODE = sorted(p for d in FOLDERS for p in (ROOT / d).rglob("*") if p.suffix in (
 @pytest.mark.parametrize("path", CODE, ids=lambda p: str(p.relative_to(ROOT)))
 def test_files_are_small(path):
     assert len(path.read_text().splitlines()) <= 400
+
+
+LOSSES = sorted(p for p in (ROOT / "fastvlm_loss" / "losses").glob("*.py") if not p.stem.startswith("_"))
+LIMIT = 80
+# no loss, but one draw of pairs in three modes, which share their weights: halves of it would be no subjects
+LONGER = {"itm_pairs.py": 105}
+
+
+def lines_of_code(path):
+    """Numbers of the lines that hold code, without those of docstrings and of oracles."""
+    text = path.read_text()
+    code = {k for k, line in enumerate(text.splitlines(), 1) if line.strip() and not line.strip().startswith("#")}
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef) and "oracle" in node.name:
+            code -= set(range(node.lineno, node.end_lineno + 1))
+        elif isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
+            code -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    return code
+
+
+@pytest.mark.parametrize("path", LOSSES, ids=lambda p: p.name)
+def test_a_loss_is_a_small_file(path):
+    """A public file of `losses/` has 20 to 80 lines of code.
+
+    Imports, signature, checks, formula and registration count; docstrings, comments, blank lines and the oracle do not.
+    """
+    assert 20 <= len(lines_of_code(path)) <= LONGER.get(path.name, LIMIT)
+
+
+def test_each_loss_has_a_file_of_its_own():
+    homes = [spec.function.__module__ for spec in documented.values()]
+    assert len(set(homes)) == len(homes)
+    assert {home.rpartition(".")[2] for home in homes} <= {path.stem for path in LOSSES}
 
 
 def test_backends_do_not_import_one_another():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -20,25 +20,42 @@ from ._metrics import BatchMetrics
 from ._negatives import BatchNegatives
 from ._reduce import DIRECTIONS, REDUCTIONS, combine, sample_weights, unit_features
 
-__all__ = ["Batch", "Options", "SampleOptions", "insist", "insist_on", "sharding_of"]
+__all__ = [
+    "Batch",
+    "Options",
+    "PairOptions",
+    "SampleOptions",
+    "insist",
+    "insist_on",
+    "refuse",
+    "sharding_of",
+    "smoothing",
+]
+
+POSITIVES = ("mask", "out", "in")
 
 
-class SampleOptions(TypedDict, total=False):
-    """Options of which anchors and candidates take part, as `clip_loss` documents them."""
+class PairOptions(TypedDict, total=False):
+    """Options of whole images and texts, however they are scored, as `clip_loss` documents them."""
 
     labels: Tensor | None
     image_ids: Tensor | None
     text_ids: Tensor | None
-    filters: Filter | Sequence[Filter] | None
     image_weights: Tensor | None
     text_weights: Tensor | None
     directions: Literal["both", "image", "text"]
     normalize: bool
     metrics: BatchMetrics | None
-    negatives: BatchNegatives | None
     group: object
     check_finite: bool
     strict: bool
+
+
+class SampleOptions(PairOptions, total=False):
+    """Options of which anchors and candidates take part, as `clip_loss` documents them."""
+
+    filters: Filter | Sequence[Filter] | None
+    negatives: BatchNegatives | None
 
 
 class Options(SampleOptions, total=False):
@@ -74,8 +91,7 @@ class Batch:
 
         In a group `agreed` is what else must be the same in its processes, and each text has `tokens` features to send.
         """
-        for name in unknown:
-            raise TypeError(f"{name}: got an option that this loss does not have, see its documentation")
+        refuse(unknown)
         check.choice("directions", directions, DIRECTIONS)
         for name, w, other in (("image_weights", image_weights, "text"), ("text_weights", text_weights, "image")):
             if w is not None and directions == other:
@@ -129,12 +145,31 @@ class Batch:
             self.metrics.fill(t, self.problem.m, self.problem.n, self.filters)
         return t
 
+    def smoothed(self, t: SoftmaxTile, eps: float) -> Tensor:
+        """The loss of InfoNCE with the mass `eps` of every target spread over the candidates."""
+        return self.reduce(t.nll if t.gap is None else t.nll + eps * t.gap, t)
+
     def reduce(self, losses: Tensor, t: SoftmaxTile) -> Tensor:
         """The loss of per-sample losses `[L]`."""
         loss, shard = combine(losses, t.targets, t.lengths, self.weights, self.reduction), self.problem.shard
         if shard is None or self.reduction != "none":
             return loss
         return shard.collectives.own(loss, shard.cols if self.directions == "text" else shard.rows)
+
+
+def refuse(unknown: Iterable[str]) -> None:
+    """Raise for options that a loss does not have: of `**options` Python itself takes any."""
+    for name in unknown:
+        raise TypeError(f"{name}: got an option that this loss does not have, see its documentation")
+
+
+def smoothing(label_smoothing: object, positives: object = "mask") -> float:
+    """The checked `label_smoothing`, and what `positives` has to be beside it."""
+    check.choice("positives", positives, POSITIVES)
+    eps = check.number("label_smoothing", label_smoothing, low=0.0, below=1.0)
+    if eps and positives == "in":
+        raise ValueError("label_smoothing: got a number above 0 beside positives='in', wanted 'mask' or 'out'")
+    return eps
 
 
 def insist(problem: Problem, positives: str, directions: str) -> None:

@@ -13,17 +13,14 @@ from typing import Literal
 from torch import Tensor
 
 from ..distributed import eager_in_group
-from ..scores import check
 from ..scores.filters import Filter, absolute
-from ._batch import Batch
+from ._batch import Batch, smoothing
 from ._metrics import BatchMetrics
 from ._negatives import BatchNegatives
-from ._oracle import entries, log_sum, matrix, mean_of, sides_of, some_ids, some_weights
+from ._oracle import cross_entropy, entries, log_sum, matrix, mean_of, sides_of, some_ids, some_weights
 from ._spec import Learned, LossSpec, register
 
 __all__ = ["clip_loss"]
-
-POSITIVES = ("mask", "out", "in")
 
 
 @eager_in_group
@@ -99,18 +96,14 @@ def clip_loss(
     Source: Radford et al. 2021 (CLIP), figure 3; van den Oord et al. 2018 (InfoNCE), equation 4; Khosla et al. 2020
         (SupCon), equation 2 ("out"); Miech et al. 2020 (MIL-NCE), equation 1 ("in").
     """
-    check.choice("positives", positives, POSITIVES)
-    eps = check.number("label_smoothing", label_smoothing, low=0.0, below=1.0)
-    if eps and positives == "in":
-        raise ValueError("label_smoothing: got a number above 0 beside positives='in', wanted 'mask' or 'out'")
+    eps = smoothing(label_smoothing, positives)
     batch = Batch.of(
         image_features, text_features, logit_scale, logit_bias, labels=labels, image_ids=image_ids, text_ids=text_ids,
         filters=filters, image_weights=image_weights, text_weights=text_weights, directions=directions,
         normalize=normalize, reduction=reduction, metrics=metrics, negatives=negatives, group=group,
         check_finite=check_finite, strict=strict, positives=positives,
     )  # fmt: skip
-    t = batch.softmax(gap=eps > 0, positives=positives)
-    return batch.reduce(t.nll if t.gap is None else t.nll + eps * t.gap, t)
+    return batch.smoothed(batch.softmax(gap=eps > 0, positives=positives), eps)
 
 
 def _oracle(
@@ -128,9 +121,7 @@ def _oracle(
     def losses(z: Tensor, y: Tensor, live: Tensor) -> Tensor:
         if positives == "in":
             return log_sum(z, live) - log_sum(z, y)
-        q = (1 - label_smoothing) * y.to(z.dtype) / y.sum(1, keepdim=True).clamp(min=1)
-        q = q + label_smoothing * live.to(z.dtype) / live.sum(1, keepdim=True).clamp(min=1)
-        return log_sum(z, live) - (q * z).sum(1)
+        return cross_entropy(z, y, live, label_smoothing)
 
     sides = sides_of(s, y, present & (y | ~same), c, filters)
     return mean_of(losses, sides, (image_weights, text_weights), directions, reduction)

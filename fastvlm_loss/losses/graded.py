@@ -11,14 +11,12 @@ from dataclasses import replace
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..distributed import eager_in_group
 from ..scores import check
-from ..scores.problem import Problem, statistics_dtype
-from ..scores.travel import bags, entries
 from ._batch import Batch, insist_on
+from ._grades import Grades, Rest
 from ._oracle import log_sum, matrix, mean_of, some_weights
 from ._spec import Learned, LossSpec, register
 
@@ -74,92 +72,25 @@ def graded_clip_loss(
     """
     x, y = check.features("image_features", image_features), check.features("text_features", text_features)
     limit = y.shape[0] if group is None else NO_LIMIT  # of a group it is known once the processes have met
-    index, grades = _checked(x, limit, relevant, relevance, check.flag("check_finite", check_finite))
-    best = F.one_hot(grades.argmax(1), grades.shape[1]).to(grades.dtype) * (grades.sum(1) > 0)[:, None]
-    labels = torch.where(grades.sum(1) > 0, (index * best.to(torch.int64)).sum(1), -1)
+    grades = Grades.of(x, limit, relevant, relevance, check.flag("check_finite", check_finite))
     batch = Batch.of(
-        image_features, text_features, logit_scale, None, labels=labels, image_weights=image_weights,
+        image_features, text_features, logit_scale, None, labels=grades.labels, image_weights=image_weights,
         text_weights=text_weights, directions=directions, normalize=normalize, reduction=reduction, group=group,
         check_finite=check_finite,
     )  # fmt: skip
     p, n = batch.problem, batch.problem.n
-    check.indices("relevant", index.flatten(), x, below=max(n, 1))
+    check.indices("relevant", grades.index.flatten(), x, below=max(n, 1))
     if not p.m or not n:
         t = batch.softmax()
         return batch.reduce(t.nll, t)
-    parts = torch.stack([best, grades * best, grades * (1 - best)], 2)  # number and grade of targets, the other grades
-    texts, of_texts = bags(index, n)
-    sums_of_images, sums_of_texts = _rows(p, parts.sum(1)), _total(p, of_texts(parts.flatten(0, 1)))
-    known = [sums[:, 1] + sums[:, 2] > 0 for sums in (sums_of_images, sums_of_texts)]
+    rest = Rest.of(p, grades)
+    known = rest.known(p)
     if check.flag("strict", strict):
-        insist_on((known[0], known[1]), (None, None), directions)
+        insist_on(known, (None, None), directions)
     t = batch.softmax(everyone=True)
-    x, dtype = p.x.to(p.scale.dtype), p.scale.dtype
-    beside: list[Tensor] = []
-    if p.shard is not None and p.shard.ring:
-        products = entries(p.x, p.y, index, p.shard.cols, p.shard, dtype)
-        if directions != "text":
-            beside.append(_rows(p, (_off(parts, parts.sum(1, keepdim=True)) * products).sum(1)))
-        if directions != "image":
-            off = _off(parts, sums_of_texts[index])
-            beside.append(_total(p, of_texts((off * products).flatten()[:, None])[:, 0]))
-    else:
-        y = _all_texts(p).to(dtype)
-        if directions != "text":
-            off = _off(parts, parts.sum(1, keepdim=True))
-            beside.append(_rows(p, (x * F.embedding_bag(index, y, per_sample_weights=off, mode="sum")).sum(1)))
-        if directions != "image":
-            off = _off(parts, sums_of_texts[index]).flatten()[texts]
-            beside.append(_total(p, (y * of_texts(x, texts // index.shape[1], off)).sum(1)))
     counts = [side for side, other in zip(known, ("text", "image"), strict=True) if directions != other]
-    t = replace(t, targets=torch.cat(counts).to(grades.dtype))
-    return batch.reduce(t.nll + p.scale * torch.cat(beside), t)
-
-
-def _rows(p: Problem, own: Tensor) -> Tensor:
-    """Something of each own image, of all images."""
-    return own if p.shard is None else p.shard.gather_rows(own)
-
-
-def _total(p: Problem, own: Tensor) -> Tensor:
-    """What the own images add to something of each text, of all images."""
-    return own if p.shard is None else p.shard.collectives.total(own)
-
-
-def _all_texts(p: Problem) -> Tensor:
-    """The texts' features of the whole group, of which each process makes something else."""
-    return p.y if p.shard is None else p.shard.collectives.spread(p.y, p.shard.cols)
-
-
-def _off(parts: Tensor, sums: Tensor) -> Tensor:
-    """What a tile takes of each entry, 1 over the number of targets, less its share of the grades `[M, K]`.
-
-    Of a target alone it is the share of the others, which is 0 or keeps its digits; 1 less its own would not.
-    """
-    best, own, other = parts.unbind(2)
-    number, targets, others = sums.unbind(2)
-    number = number.clamp(min=1)
-    return ((targets / number * best - own) + others / number * best - other) / _some(targets + others)
-
-
-def _checked(x: Tensor, n: int, relevant: Tensor, relevance: Tensor, check_finite: bool) -> tuple[Tensor, Tensor]:
-    """Indices and grades `[M, K]`, 0 and 0 for none."""
-    m = x.shape[0]
-    if not isinstance(relevant, Tensor) or relevant.dim() != 2 or relevant.shape[0] != m or not relevant.shape[1]:
-        got = f"shape {list(relevant.shape)}" if isinstance(relevant, Tensor) else type(relevant).__name__
-        raise ValueError(f"relevant: got {got}, wanted an integer tensor of shape [{m}, K] with K >= 1")
-    index = check.indices("relevant", relevant.flatten(), x, below=n, low=-1).reshape(relevant.shape)
-    grades = check.floating("relevance", relevance, relevant.shape, x).detach().to(statistics_dtype(x.dtype))
-    if check_finite:
-        check.finite("relevance", grades)
-        if bool((grades < 0).any()):
-            raise ValueError(f"relevance: got {float(grades.min()):g}, wanted values >= 0")
-    counts = (index >= 0) & (grades >= 0) & (grades < torch.inf)
-    return index.clamp(min=0), torch.where(counts, grades, 0.0)
-
-
-def _some(sums: Tensor) -> Tensor:
-    return torch.where(sums > 0, sums, 1.0)
+    t = replace(t, targets=torch.cat(counts).to(grades.values.dtype))
+    return batch.reduce(t.nll + p.scale * rest.products(p, directions), t)
 
 
 def _oracle(

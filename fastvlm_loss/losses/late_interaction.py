@@ -13,17 +13,16 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import Unpack
 
 from ..distributed import eager_in_group
 from ..engine import interaction as engine
 from ..scores import check
 from ..scores.interaction import Interaction, Tokens
-from ._batch import Batch, insist
-from ._metrics import BatchMetrics
-from ._oracle import entries, log_sum, mean_of, some_ids, some_weights
+from ._batch import Batch, PairOptions, insist, refuse, smoothing
+from ._oracle import TOKENS, cross_entropy, entries, log_sum, mean_of, some_ids, some_token_options, some_weights
 from ._reduce import unit
 from ._spec import Learned, LossSpec, register
-from .clip import POSITIVES
 
 __all__ = ["late_interaction_loss"]
 
@@ -40,20 +39,10 @@ def late_interaction_loss(
     image_relevance: Tensor | None = None,
     text_relevance: Tensor | None = None,
     interaction: Literal["filip", "colbert"] = "filip",
-    labels: Tensor | None = None,
-    image_ids: Tensor | None = None,
-    text_ids: Tensor | None = None,
     positives: Literal["mask", "out", "in"] = "mask",
     label_smoothing: float = 0.0,
-    image_weights: Tensor | None = None,
-    text_weights: Tensor | None = None,
-    directions: Literal["both", "image", "text"] = "both",
-    normalize: bool = False,
     reduction: Literal["mean", "sum", "none"] = "mean",
-    metrics: BatchMetrics | None = None,
-    group: object = None,
-    check_finite: bool = False,
-    strict: bool = False,
+    **options: Unpack[PairOptions],
 ) -> Tensor:
     """Contrastive loss of token sets: every token's best match on the other side, without the scores of the pairs.
 
@@ -80,11 +69,11 @@ def late_interaction_loss(
             of relevance 0 can still be the best match of others. Differentiable.
         interaction: "filip", scores are weighted means over the tokens; "colbert", sums, so that long texts have large
             scores.
-        labels, image_ids, text_ids, positives, label_smoothing, image_weights, text_weights, directions: as of
-            `clip_loss`; they are those of whole images and texts.
-        normalize: L2-normalise every token first (differentiably).
-        reduction, metrics, group, check_finite, strict: as of `clip_loss`. With a group T is the same in all its
-            processes, P need not be; the texts' tokens are gathered, or travel, as the features of `clip_loss`.
+        positives, label_smoothing, reduction: as of `clip_loss`.
+        **options: labels, image_ids, text_ids, image_weights, text_weights, directions, normalize (each token),
+            metrics, group, check_finite, strict as of `clip_loss`; labels, ids and weights are those of whole images
+            and texts. With a group T is the same in all its processes, P need not be; the texts' tokens are gathered,
+            or travel, as the features of `clip_loss`.
 
     Returns:
         fp32 scalar (fp64 for fp64 tokens), or per-sample losses for reduction="none". Differentiable in tokens, scale,
@@ -96,32 +85,21 @@ def late_interaction_loss(
     Source: Yao et al. 2022 (FILIP), equations 4 and 5; Khattab and Zaharia 2020 (ColBERT), equation 3.
     """
     check.choice("interaction", interaction, ("filip", "colbert"))
-    check.choice("positives", positives, POSITIVES)
-    eps = check.number("label_smoothing", label_smoothing, low=0.0, below=1.0)
-    if eps and positives == "in":
-        raise ValueError("label_smoothing: got a number above 0 beside positives='in', wanted 'mask' or 'out'")
-    images = Tokens.of("image", image_tokens, image_mask, image_relevance)
-    texts = Tokens.of("text", text_tokens, text_mask, text_relevance)
-    check.alike("text_tokens", texts.features, "image_tokens", images.features)
-    for name, r, other in (("image", image_relevance, "text"), ("text", text_relevance, "image")):
-        if r is not None and directions == other:
-            raise ValueError(
-                f"{name}_relevance: got a value beside directions={other!r}, which has no scores of the {name}s' own, "
-                "wanted None"
-            )
-    unit_tokens = check.flag("normalize", normalize)
-    if check.flag("check_finite", check_finite):
-        images.check_finite()
-        texts.check_finite()
+    eps = smoothing(label_smoothing, positives)
+    refuse(options.keys() - PairOptions.__annotations__)
+    directions, metrics = options.get("directions", "both"), options.get("metrics")
+    unit_tokens = check.flag("normalize", options.pop("normalize", False))
+    strict, finite = check.flag("strict", options.pop("strict", False)), options.get("check_finite", False)
+    images, texts = Tokens.both(
+        (image_tokens, text_tokens), (image_mask, text_mask), (image_relevance, text_relevance), directions, finite
+    )
     batch = Batch.of(
-        images.first(), texts.first(), logit_scale, logit_bias, labels=labels, image_ids=image_ids, text_ids=text_ids,
-        image_weights=image_weights, text_weights=text_weights, directions=directions, reduction=reduction,
-        metrics=metrics, group=group, check_finite=check_finite, tokens=texts.features.shape[1],
-        agreed=(interaction, image_mask, text_mask, image_relevance, text_relevance, unit_tokens),
+        images.first(), texts.first(), logit_scale, logit_bias, reduction=reduction, tokens=texts.features.shape[1],
+        agreed=(interaction, image_mask, text_mask, image_relevance, text_relevance, unit_tokens), **options,
     )  # fmt: skip
     x, y = (unit(t) if unit_tokens else t for t in (images.filled(), texts.filled()))
     tokens = Interaction.of(batch.problem, images, texts, x, y, summed=interaction == "colbert")
-    if check.flag("strict", strict):
+    if strict:
         insist(tokens.pairs, positives, directions)
     t = engine.softmax(
         tokens, gap=eps > 0, rows=directions != "text", cols=directions != "image", positives=positives,
@@ -129,7 +107,7 @@ def late_interaction_loss(
     )  # fmt: skip
     if metrics is not None:
         metrics.fill(t, tokens.pairs.m, tokens.pairs.n, filters=False)
-    return batch.reduce(t.nll if t.gap is None else t.nll + eps * t.gap, t)
+    return batch.smoothed(t, eps)
 
 
 def _oracle(
@@ -167,37 +145,14 @@ def _oracle(
         z = torch.where(live, z, 0.0)
         if positives == "in":
             return log_sum(z, live) - log_sum(z, hit)
-        q = (1 - label_smoothing) * hit.to(z.dtype) / hit.sum(1, keepdim=True).clamp(min=1)
-        q = q + label_smoothing * live.to(z.dtype) / live.sum(1, keepdim=True).clamp(min=1)
-        return log_sum(z, live) - (q * z).sum(1)
+        return cross_entropy(z, hit, live, label_smoothing)
 
     live, beta = present & (hit | ~same), 0.0 if logit_bias is None else logit_bias
     sides = (logit_scale * a + beta, hit, live), ((logit_scale * b + beta).T, hit.T, live.T)
     return mean_of(losses, sides, (image_weights, text_weights), directions, reduction)
 
 
-def _image_mask(m: int, n: int, device: torch.device, g: torch.Generator) -> Tensor:
-    return _mask(m, TOKENS[0], g).to(device)
-
-
-def _text_mask(m: int, n: int, device: torch.device, g: torch.Generator) -> Tensor:
-    return _mask(n, TOKENS[1], g).to(device)
-
-
-def _mask(rows: int, tokens: int, g: torch.Generator) -> Tensor:
-    """Each row a number of tokens at the front; about one row in eight has none."""
-    return torch.arange(tokens) < torch.randint(-1, 3 * tokens // 2, (rows, 1), generator=g)
-
-
-def _image_relevance(m: int, n: int, device: torch.device, g: torch.Generator) -> Tensor:
-    return torch.rand(m, TOKENS[0], generator=g).add(0.05).to(device)
-
-
-def _text_relevance(m: int, n: int, device: torch.device, g: torch.Generator) -> Tensor:
-    return torch.rand(n, TOKENS[1], generator=g).add(0.05).to(device)
-
-
-TOKENS = (5, 3)
+MASKS, RELEVANCE = some_token_options()
 SPEC = register(
     LossSpec(
         function=late_interaction_loss,
@@ -207,21 +162,14 @@ SPEC = register(
         variants=(
             {},
             {"interaction": "colbert"},
-            {"image_mask": _image_mask, "text_mask": _text_mask},
-            {
-                "image_mask": _image_mask,
-                "text_mask": _text_mask,
-                "image_relevance": Learned(_image_relevance),
-                "text_relevance": Learned(_text_relevance),
-                "image_ids": some_ids,
-                "interaction": "colbert",
-            },
-            {"image_relevance": Learned(_image_relevance), "directions": "image", "label_smoothing": 0.1},
-            {"text_relevance": Learned(_text_relevance), "directions": "text", "image_mask": _image_mask},
+            MASKS,
+            {**MASKS, **RELEVANCE, "image_ids": some_ids, "interaction": "colbert"},
+            {"image_relevance": RELEVANCE["image_relevance"], "directions": "image", "label_smoothing": 0.1},
+            {"text_relevance": RELEVANCE["text_relevance"], "directions": "text", "image_mask": MASKS["image_mask"]},
             {"image_ids": some_ids, "positives": "out", "label_smoothing": 0.1, "image_weights": Learned(some_weights)},
-            {"image_ids": some_ids, "positives": "in", "text_mask": _text_mask},
+            {"image_ids": some_ids, "positives": "in", "text_mask": MASKS["text_mask"]},
             {"normalize": True, "reduction": "sum"},
-            {"reduction": "none", "text_ids": some_ids, "text_mask": _text_mask},
+            {"reduction": "none", "text_ids": some_ids, "text_mask": MASKS["text_mask"]},
         ),
         names={"image_features": "image_tokens", "text_features": "text_tokens"},
         tokens=TOKENS,

@@ -9,7 +9,6 @@ L = sum_t w_t l_t / sum_t w_t over the targets that are not ignored
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -19,9 +18,10 @@ from torch import Tensor
 from ..distributed import eager_in_group, group_of
 from ..engine import tile
 from ..scores import check
-from ..scores.problem import Problem
+from ._oracle import all_targets, some_bias, some_targets, some_teacher, some_teacher_weight, some_weights
 from ._reduce import REDUCTIONS
 from ._spec import Learned, LossSpec, register
+from ._tokens import TokenBatch
 
 __all__ = ["linear_cross_entropy"]
 
@@ -92,59 +92,24 @@ def linear_cross_entropy(
         raise ValueError("label_smoothing: got a number above 0 beside a teacher, wanted 0")
     if normalizer is not None and reduction != "mean":
         raise ValueError(f"normalizer: got a value beside reduction={reduction!r}, wanted reduction='mean'")
-    x, shape = check.tokens("hidden", hidden), hidden.shape[:-1]
-    count = x.shape[0]
-    target = check.whole_numbers("targets", targets, shape, x).reshape(-1)
-    w = None if token_weights is None else check.floating("token_weights", token_weights, shape, x).reshape(-1)
-    teacher = None if teacher_hidden is None else check.tokens("teacher_hidden", teacher_hidden).detach()
-    if teacher is not None and teacher.shape[0] != count:
-        raise ValueError(f"teacher_hidden: got {teacher.shape[0]} tokens, wanted {count} as in hidden")
-    counts, kept = target != ignore_index, None
-    outside = counts & ((target < 0) | (target >= check.features("weight", weight).shape[0]))
-    if check.readable(outside) and bool(outside.any()):
-        at = int(outside.int().argmax())
-        wanted = f"wanted indices in [0, {weight.shape[0]}), or ignore_index = {ignore_index}"
-        raise ValueError(f"targets: got {int(target[at])} at index {at} of {count} tokens, {wanted}")
-    if check.readable(counts) and not bool(counts.all()):
-        kept = counts.nonzero()[:, 0]
-        x, target = x[kept], target[kept]
-        w, teacher = (None if t is None else t[kept] for t in (w, teacher))
-    labels = _labels(target, ignore_index)
-    problem = Problem.of(x, weight, 1.0, labels=labels, names=("hidden", "weight", "targets"))
-    dtype = problem.scale.dtype
-    if bias is not None:
-        problem = replace(problem, col_bias=check.vector("bias", bias, weight.shape[0], problem.x, dtype).contiguous())
-    if teacher is not None and teacher_weight is not None:
-        names = "teacher_hidden", "teacher_weight", "teacher_scale"
-        own = check.features("teacher_weight", teacher_weight).detach()
-        problem = problem.beside("teacher", names, teacher, own, 1.0, x.shape[0])
-    part = eps if teacher is None else share
+    tokens = TokenBatch.of(
+        hidden, weight, targets, bias, ignore_index, token_weights, teacher_hidden, teacher_weight
+    )  # fmt: skip
+    problem, part = tokens.problem, eps if teacher_hidden is None else share
     if reduction == "none":
         t = tile.softmax(problem, cols=False, gap=eps > 0)
-        losses = t.nll if t.gap is None else t.nll + part * t.gap
-        losses = losses if w is None else losses * w.to(dtype)
-        return (losses if kept is None else losses.new_zeros(count).index_put((kept,), losses)).reshape(shape)
-    assert problem.target is not None
-    weights = (problem.target >= 0).to(dtype)
-    weights = weights if w is None else weights * w.to(dtype)
-    total = tile.weighted_rows(problem, weights, part if eps or teacher is not None else 0.0)
+        return tokens.spread(t.nll if t.gap is None else t.nll + part * t.gap)
+    total = tile.weighted_rows(problem, tokens.weights, part if eps or teacher_hidden is not None else 0.0)
     total = total if collectives is None else collectives.total(total)
     if reduction == "sum":
         return total
+    size = tokens.weights.sum()
+    if isinstance(normalizer, Tensor) and not normalizer.is_floating_point():
+        normalizer = normalizer.to(size.dtype)  # a count
     if normalizer is not None:
-        if isinstance(normalizer, Tensor) and not normalizer.is_floating_point():
-            normalizer = normalizer.to(dtype)  # a count
-        size = check.scalar("normalizer", normalizer, problem.x, dtype, positive=True)
-        size = size if collectives is None else collectives.total(size)
-        return total / torch.where(size == 0, 1.0, size)
-    weight_sum = weights.sum() if collectives is None else collectives.total(weights.sum())
-    return total / torch.where(weight_sum == 0, 1.0, weight_sum)
-
-
-def _labels(target: Tensor, ignore_index: int) -> Tensor:
-    # -1 is the engine's own way to say "none"; a user's -1 is out of range unless it is the one to ignore
-    ignored = target == ignore_index
-    return torch.where(target == -1, -2, target).masked_fill(ignored, -1)
+        size = check.scalar("normalizer", normalizer, problem.x, size.dtype, positive=True)
+    size = size if collectives is None else collectives.total(size)
+    return total / torch.where(size == 0, 1.0, size)
 
 
 def _oracle(
@@ -169,31 +134,6 @@ def _oracle(
     return mean if reduction == "mean" else each.sum()
 
 
-def _targets(m: int, n: int, device: torch.device, g: torch.Generator) -> Tensor:
-    targets = torch.randint(0, n, (m,), generator=g)
-    return targets.masked_fill(torch.rand(m, generator=g) < 0.2, -100).to(device)
-
-
-def _all_targets(m: int, n: int, device: torch.device, g: torch.Generator) -> Tensor:
-    return torch.randint(0, n, (m,), generator=g).to(device)
-
-
-def _bias(m: int, n: int, device: torch.device, g: torch.Generator) -> Tensor:
-    return torch.randn(n, generator=g).to(device)
-
-
-def _weights(m: int, n: int, device: torch.device, g: torch.Generator) -> Tensor:
-    return torch.rand(m, generator=g).to(device)
-
-
-def _teacher(m: int, n: int, device: torch.device, g: torch.Generator, d: int) -> Tensor:
-    return torch.randn(m, max(d // 2, 1), generator=g, dtype=torch.float64).to(device)
-
-
-def _teacher_weight(m: int, n: int, device: torch.device, g: torch.Generator, d: int) -> Tensor:
-    return _teacher(n, n, device, g, d).div(max(d // 2, 1) ** 0.5)
-
-
 SPEC = register(
     LossSpec(
         function=linear_cross_entropy,
@@ -201,14 +141,15 @@ SPEC = register(
         equation="mean_t [LSE_v z_tv − z_t,y], z = hidden weightᵀ + bias",
         paper="Devlin et al. 2019 (BERT); Wijmans et al. 2024 (Cut Cross-Entropy)",
         variants=(
-            {"targets": _all_targets},
-            {"targets": _targets, "bias": Learned(_bias)},
-            {"targets": _targets, "bias": Learned(_bias), "label_smoothing": 0.1, "token_weights": Learned(_weights)},
-            {"targets": _targets, "teacher_hidden": _teacher, "teacher_weight": _teacher_weight},
-            {"targets": _targets, "bias": Learned(_bias), "reduction": "none"},
-            {"targets": _all_targets, "reduction": "sum", "label_smoothing": 0.2},
+            {"targets": all_targets},
+            {"targets": some_targets, "bias": Learned(some_bias)},
+            {"targets": some_targets, "bias": Learned(some_bias), "label_smoothing": 0.1,
+             "token_weights": Learned(some_weights)},
+            {"targets": some_targets, "teacher_hidden": some_teacher, "teacher_weight": some_teacher_weight},
+            {"targets": some_targets, "bias": Learned(some_bias), "reduction": "none"},
+            {"targets": all_targets, "reduction": "sum", "label_smoothing": 0.2},
         ),
         names={"image_features": "hidden", "text_features": "weight"},
         cost=(1, 3),
     )
-)
+)  # fmt: skip

@@ -17,8 +17,8 @@ from typing_extensions import Unpack
 from ..distributed import eager_in_group
 from ..engine.ops import no_autocast
 from ..scores import check
-from ._batch import Batch, Options
-from ._oracle import entries, log_sum, matrix, mean_of, sides_of, some_ids, some_weights
+from ._batch import Batch, Options, smoothing
+from ._oracle import cross_entropy, entries, matrix, mean_of, sides_of, some_ids, some_weights
 from ._reduce import unit
 from ._spec import LossSpec, register
 
@@ -69,7 +69,7 @@ def margin_clip_loss(
     """
     m = check.number("margin", margin, low=0.0)
     a = None if threshold is None else check.number("threshold", threshold)
-    eps = check.number("label_smoothing", label_smoothing, low=0.0, below=1.0)
+    eps = smoothing(label_smoothing)
     batch = Batch.of(image_features, text_features, logit_scale, logit_bias, agreed=(a is None,), **options)
     p = batch.problem
     with torch.no_grad(), no_autocast(p.x.device.type):
@@ -93,8 +93,7 @@ def margin_clip_loss(
     batch = batch.but(problem=replace(problem, numbers=numbers))
     if options.get("check_finite"):
         check.finite("text_embeddings", texts)
-    t = batch.softmax(gap=eps > 0)
-    return batch.reduce(t.nll if t.gap is None else t.nll + eps * t.gap, t)
+    return batch.smoothed(batch.softmax(gap=eps > 0), eps)
 
 
 def _quantile(some: Tensor) -> Tensor:
@@ -125,9 +124,7 @@ def _oracle(
     s = s + logit_scale * mu * ~pair
 
     def losses(z: Tensor, y: Tensor, live: Tensor) -> Tensor:
-        q = (1 - label_smoothing) * y.to(z.dtype) / y.sum(1, keepdim=True).clamp(min=1)
-        q = q + label_smoothing * live.to(z.dtype) / live.sum(1, keepdim=True).clamp(min=1)
-        return log_sum(z, live) - (q * z).sum(1)
+        return cross_entropy(z, y, live, label_smoothing)
 
     return mean_of(losses, sides_of(s, y, present & (y | ~same)), (image_weights, None), directions)
 

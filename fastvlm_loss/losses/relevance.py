@@ -10,7 +10,6 @@ relevance_grad adds             regularizer * mean (log r)^2
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, Literal
 
 import torch
@@ -19,13 +18,12 @@ from typing_extensions import Unpack
 
 from ..distributed import eager_in_group
 from ..scores import check
-from ._batch import Batch, Options
-from ._oracle import entries, log_sum, matrix, mean_of, sides_of, some_ids
+from ._batch import Batch, Options, smoothing
+from ._oracle import cross_entropy, entries, matrix, mean_of, sides_of, some_ids, some_relevance, some_text_relevance
+from ._relevance import Relevance, refuse
 from ._spec import Learned, LossSpec, register
 
 __all__ = ["relevance_clip_loss"]
-
-LOW, HIGH = 0.25, 4.0
 
 
 @eager_in_group
@@ -83,85 +81,30 @@ def relevance_clip_loss(
     check.choice("mode", mode, ("weight", "logit"))
     check.choice("scope", scope, ("anchor", "row", "shared"))
     check.number("regularizer", regularizer, low=0.1)
-    eps = check.number("label_smoothing", label_smoothing, low=0.0, below=1.0)
+    eps = smoothing(label_smoothing)
     learned, raw = check.flag("relevance_grad", relevance_grad), check.flag("raw", raw)
-    _refuse(mode, scope, text_relevance, learned, raw, options)
+    refuse(mode, scope, text_relevance, learned, raw, options)
     if scope == "row":
         options["directions"] = "image"
     batch = Batch.of(image_features, text_features, logit_scale, logit_bias, **options)
-    p = batch.problem
-    m, n, dtype = p.x.shape[0], p.y.shape[0], p.scale.dtype
+    p, (m, n) = batch.problem, (len(image_features), len(text_features))
     if text_relevance is None and m != n and scope == "anchor" and batch.directions != "image":
         raise ValueError(f"text_relevance: got None for {m} images and {n} texts, wanted shape [{n}]")
-    given = [("image_relevance", image_relevance, m)]
-    given += [] if text_relevance is None else [("text_relevance", text_relevance, n)]
-    found = [check.vector(name, r, size, batch.problem.x, dtype) for name, r, size in given]
-    if options.get("check_finite"):
-        for (name, *_), r in zip(given, found, strict=True):
-            check.finite(name, r)
-            if bool((r < 0).any()):
-                raise ValueError(f"{name}: got {r.min().item():g}, wanted values >= 0")
-    found = [gather(r if learned else r.detach()) for r, gather in zip(found, (p.of_rows, p.of_cols), strict=False)]
-    n = p.n
-    present = [None if ids is None else ids != -1 for ids in (batch.problem.row_id, batch.problem.col_id)]
-    if not raw:
-        found = [_normalised(name, r, here) for (name, *_), r, here in zip(given, found, present, strict=False)]
-    rows, cols = found[0], found[-1] if len(found[-1]) == n else None
+    if scope == "shared" and batch.negatives is not None:
+        raise ValueError(
+            "negatives: got them beside scope='shared', whose scores are scaled, wanted hard_negatives(...)"
+        )
+    sides = Relevance.of(p, image_relevance, text_relevance, learned, raw, bool(options.get("check_finite")))
+    rows, cols = sides[0].values, sides[-1].values if len(sides[-1].values) == p.n else None
     if mode == "weight":
         own = tuple(r if w is None or r is None else r * w for r, w in zip((rows, cols), batch.weights, strict=True))
         batch = batch.but(weights=own)
     elif scope == "shared":
-        if batch.negatives is not None:
-            raise ValueError(
-                "negatives: got them beside scope='shared', whose scores are scaled, wanted hard_negatives(...)"
-            )
-        batch = batch.but(problem=batch.problem.tempered_rows(rows))
-    elif scope == "row":
-        batch = batch.but(problem=batch.problem.weighted(rows, None))
+        batch = batch.but(problem=p.tempered_rows(rows))
     else:
-        batch = batch.but(problem=batch.problem.weighted(rows, cols))
-    t = batch.softmax(gap=eps > 0)
-    loss = batch.reduce(t.nll if t.gap is None else t.nll + eps * t.gap, t)
-    if learned:
-        parts = [_mean(r.log().square(), here) for r, here in zip(found, present, strict=False)]
-        loss = loss + regularizer * torch.stack(parts).mean()
-    return loss
-
-
-def _refuse(mode: str, scope: str, text_relevance: Tensor | None, learned: bool, raw: bool, options: Options) -> None:
-    """Combinations without meaning."""
-    if mode == "weight" and scope != "anchor":
-        raise ValueError(f"scope: got {scope!r} beside mode='weight', wanted mode='logit'")
-    if scope != "anchor" and text_relevance is not None:
-        raise ValueError(f"text_relevance: got a value beside scope={scope!r}, wanted None or scope='anchor'")
-    if options.get("directions") == "image" and text_relevance is not None:
-        raise ValueError("text_relevance: got a value beside directions='image', wanted None")
-    if scope == "shared" and options.get("filters") is not None:
-        raise ValueError("filters: got a value beside scope='shared', whose scores have no cosine, wanted None")
-    if scope == "row" and options.get("directions", "both") == "text":
-        raise ValueError("directions: got 'text' beside scope='row', wanted 'image' or 'both'")
-    if scope == "row" and options.get("text_weights") is not None:
-        raise ValueError("text_weights: got a value beside scope='row', which has no text direction, wanted None")
-    if learned and raw:
-        raise ValueError("raw: got True beside relevance_grad=True, wanted False: a trained relevance needs the clamp")
-    if learned and options.get("reduction") == "none":
-        raise ValueError("reduction: got 'none' beside relevance_grad=True, wanted 'mean' or 'sum'")
-
-
-def _normalised(name: str, r: Tensor, present: Tensor | None) -> Tensor:
-    """Over its mean and clamped; samples that are not present count with neither."""
-    r = torch.where((r >= 0) & (r < torch.inf), r, 0.0)
-    mean = _mean(r, present)
-    if r.numel() and check.readable(mean) and float(mean.detach()) == 0:
-        warnings.warn(f"{name}: got no positive value, all count as 1", stacklevel=4)
-    r = torch.where(mean > 0, r / torch.where(mean > 0, mean, 1.0), 1.0)
-    return r.clamp(LOW, HIGH)
-
-
-def _mean(values: Tensor, present: Tensor | None) -> Tensor:
-    if present is None:
-        return values.sum() / max(values.shape[0], 1)
-    return torch.where(present, values, 0.0).sum() / present.sum().clamp(min=1)
+        batch = batch.but(problem=p.weighted(rows, None if scope == "row" else cols))
+    loss = batch.smoothed(batch.softmax(gap=eps > 0), eps)
+    return loss + regularizer * torch.stack([side.spread() for side in sides]).mean() if learned else loss
 
 
 def _oracle(
@@ -185,9 +128,7 @@ def _oracle(
     r, k = both if raw else (torch.clamp(v / q, 0.25, 4.0) for v, q in zip(both, means, strict=True))
 
     def losses(z: Tensor, y: Tensor, live: Tensor) -> Tensor:
-        q = (1 - label_smoothing) * y.to(z.dtype) / y.sum(1, keepdim=True).clamp(min=1)
-        q = q + label_smoothing * live.to(z.dtype) / live.sum(1, keepdim=True).clamp(min=1)
-        return log_sum(z, live) - (q * z).sum(1)
+        return cross_entropy(z, y, live, label_smoothing)
 
     row, col = sides_of(s, y, present & (y | ~same))
     weights: Any = (None, None)
@@ -203,14 +144,6 @@ def _oracle(
     return loss
 
 
-def _text_relevance(m: int, n: int, device: torch.device, g: torch.Generator) -> Tensor:
-    return torch.rand(n, generator=g).add(0.05).to(device)
-
-
-def _relevance(m: int, n: int, device: torch.device, g: torch.Generator) -> Tensor:
-    return torch.rand(m, generator=g).add(0.05).to(device)
-
-
 SPEC = register(
     LossSpec(
         function=relevance_clip_loss,
@@ -218,14 +151,14 @@ SPEC = register(
         equation="½ Σ_i r_i ℓ_i / Σ r + ½ Σ_j r_j ℓ_j / Σ r, or ℓ of the scores r_i s_ij",
         paper="this project; with weights an importance-weighted mean, with factors a temperature of each sample",
         variants=(
-            {"image_relevance": _relevance},
-            {"image_relevance": Learned(_relevance), "relevance_grad": True, "image_ids": some_ids},
-            {"image_relevance": _relevance, "mode": "logit"},
-            {"image_relevance": Learned(_relevance), "text_relevance": Learned(_relevance), "mode": "logit",
-             "relevance_grad": True, "label_smoothing": 0.1},
-            {"image_relevance": _relevance, "mode": "logit", "scope": "row", "raw": True},
-            {"image_relevance": _relevance, "mode": "logit", "scope": "shared", "image_ids": some_ids},
+            {"image_relevance": some_relevance},
+            {"image_relevance": Learned(some_relevance), "relevance_grad": True, "image_ids": some_ids},
+            {"image_relevance": some_relevance, "mode": "logit"},
+            {"image_relevance": Learned(some_relevance), "text_relevance": Learned(some_text_relevance),
+             "mode": "logit", "relevance_grad": True, "label_smoothing": 0.1},
+            {"image_relevance": some_relevance, "mode": "logit", "scope": "row", "raw": True},
+            {"image_relevance": some_relevance, "mode": "logit", "scope": "shared", "image_ids": some_ids},
         ),
-        not_square={"text_relevance": _text_relevance},
+        not_square={"text_relevance": some_text_relevance},
     )
 )  # fmt: skip

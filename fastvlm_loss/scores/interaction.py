@@ -44,6 +44,25 @@ class Tokens:
         own = None if relevance is None else check.floating(f"{name}_relevance", relevance, shape, given)
         return cls(name, given, padding, own)
 
+    @classmethod
+    def both(
+        cls, features: tuple[object, object], masks: tuple[object, object], relevance: tuple[object, object],
+        directions: str, finite: bool,
+    ) -> tuple[Tokens, Tokens]:  # fmt: skip
+        """Check both sides, images first, beside the directions asked for; `finite` reads the values too."""
+        images, texts = map(cls.of, ("image", "text"), features, masks, relevance)
+        check.alike("text_tokens", texts.features, "image_tokens", images.features)
+        for side, other in ((images, "text"), (texts, "image")):
+            if side.relevance is not None and directions == other:
+                raise ValueError(
+                    f"{side.name}_relevance: got a value beside directions={other!r}, "
+                    f"which has no scores of the {side.name}s' own, wanted None"
+                )
+        if check.flag("check_finite", finite):
+            images.check_finite()
+            texts.check_finite()
+        return images, texts
+
     def check_finite(self) -> None:
         """Raise on NaN, infinity and negative relevance of tokens that are no padding."""
         check.finite(f"{self.name}_tokens", self.filled())
