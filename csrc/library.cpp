@@ -167,13 +167,27 @@ void fold(StableIValue* stack, uint64_t count, bool selects) {
 void statistics(StableIValue* stack, uint64_t count, uint64_t) { fold(stack, count, false); }
 void select(StableIValue* stack, uint64_t count, uint64_t) { fold(stack, count, true); }
 
+// What is asked of a gradient: x and y or neither, of how many first rows and columns (-1: all).
+struct Needs {
+  bool x, y, scale, col;
+  int64_t rows = -1, cols = -1;
+
+  void first(Arguments& a, const fastvlm::Problem& p) {
+    rows = a.next<int64_t>(), cols = a.next<int64_t>();
+    STD_TORCH_CHECK(rows <= p.m && cols <= p.n, "rows, cols: wanted at most M and N, or -1");
+    rows = rows < 0 ? p.m : rows, cols = cols < 0 ? p.n : cols;
+  }
+};
+
 struct NewGradients {
+  const Needs& needs;
   Tensor x, y, col;
-  NewGradients(const Given& given, const fastvlm::Problem& p, bool need_x, bool need_y, bool need_col)
-      : x(empty(given.x, need_x, p.m, p.first.d)), y(empty(given.y, need_y, p.n, p.first.d)),
-        col(torch::stable::new_empty(given.scale, {need_col ? p.n : 0})) {}
+  NewGradients(const Given& given, const fastvlm::Problem& p, const Needs& n)
+      : needs(n), x(empty(given.x, n.x, n.rows, p.first.d)), y(empty(given.y, n.y, n.cols, p.first.d)),
+        col(torch::stable::new_empty(given.scale, {n.col ? p.n : 0})) {}
   fastvlm::Gradients to() const {
-    return {x.numel() ? x.mutable_data_ptr() : nullptr, y.numel() ? y.mutable_data_ptr() : nullptr, data(col)};
+    return {x.numel() ? x.mutable_data_ptr() : nullptr, y.numel() ? y.mutable_data_ptr() : nullptr,
+            needs.rows, needs.cols, data(col)};
   }
 };
 
@@ -191,11 +205,10 @@ void gradient(StableIValue* stack, uint64_t count, uint64_t) {
   const Optional d_gap = a.next<Optional>();
   const auto name = a.next<std::string>();
   const auto flags = a.next<int64_t>();
-  const bool need_x = a.next<bool>(), need_y = a.next<bool>();
-  a.next<bool>();  // need_scale: it costs nothing
-  const bool need_col = a.next<bool>();
-  a.done();
+  Needs needs{a.next<bool>(), a.next<bool>(), a.next<bool>(), a.next<bool>()};
   auto p = given.problem(flags);
+  needs.first(a, p);
+  a.done();
   const auto& how = epilogue(name, p);
   const int64_t n = p.length();
   STD_TORCH_CHECK(products.numel() == 0 || products.numel() == p.m * p.n, "products: wanted [M, N], or nothing");
@@ -208,7 +221,7 @@ void gradient(StableIValue* stack, uint64_t count, uint64_t) {
     any = fastvlm::hinge_operands(ends, values("d_nll", d_nll, n), data(operands));
   else
     fastvlm::softmax_operands(ends, values("d_nll", d_nll, n), values("d_gap", d_gap, n), data(operands));
-  const NewGradients d(given, p, need_x, need_y, need_col);
+  const NewGradients d(given, p, needs);
   fastvlm::Sums sums;
   if (any)
     sums = fastvlm::gradient(p, how, data(operands), d.to());
@@ -220,11 +233,12 @@ void gradient(StableIValue* stack, uint64_t count, uint64_t) {
 void sigmoid_sweep(StableIValue* stack, uint64_t count, uint64_t) {
   Arguments a(stack, count);
   const Given given(a);
-  const bool need_x = a.next<bool>(), need_y = a.next<bool>(), need_scale = a.next<bool>();
-  a.done();
+  Needs needs{a.next<bool>(), a.next<bool>(), a.next<bool>(), false};
   const auto p = given.problem(fastvlm::kPositive);
-  const NewGradients d(given, p, need_x, need_y, false);
-  const fastvlm::Sums sums = fastvlm::sigmoid_sweep(p, need_x || need_y || need_scale, d.to());
+  needs.first(a, p);
+  a.done();
+  const NewGradients d(given, p, needs);
+  const fastvlm::Sums sums = fastvlm::sigmoid_sweep(p, needs.x || needs.y || needs.scale, d.to());
   const Tensor& like = given.scale;
   give(stack, scalar(like, sums.loss), d.x, d.y, scalar(like, sums.gc), scalar(like, sums.g));
 }

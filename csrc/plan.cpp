@@ -37,7 +37,7 @@ Sums pull(Plan& plan, const Gradients& d, const F& make) {
   char* g = d.x || d.y ? workspace.at<char>(plan.rows_macro * g_ld * size) : nullptr;
   // fp32 accumulators: the outputs themselves where those are fp32; of y one macro-tile's columns at a time
   float* dx_sums = nullptr;
-  if (d.x) dx_sums = half ? x_sums.at<float>(p.m * dim) : static_cast<float*>(d.x);
+  if (d.x) dx_sums = half ? x_sums.at<float>(d.rows * dim) : static_cast<float*>(d.x);
   Pack x_right{plan.q, plan.q->nr}, y_right{plan.q, plan.q->nr};
   const int64_t col_ld = round_up(plan.cols_macro, kTileCols);
   Sums total;
@@ -54,20 +54,22 @@ Sums pull(Plan& plan, const Gradients& d, const F& make) {
     for (const Sums& part : parts) total.gc += part.gc, total.g += part.g, total.loss += part.loss;
     for (int64_t k = 0; col && k < high; ++k)
       for (int64_t j = 0; j < cols.size; ++j) d.col[cols.begin + j] += col[k * col_ld + j];
-    if (d.x) {
+    const int64_t to_x = d.x ? std::min(rows.size, d.rows - rows.begin) : 0;
+    const int64_t to_y = d.y ? std::min(cols.size, d.cols - cols.begin) : 0;
+    if (to_x > 0) {
       if (rows.begin == 0) y_right.fill(at_row(p.first.y, p.type, cols.begin, dim), p.type, 1, dim, dim, cols.size);
-      plan.accumulate(g, g_ld, 1, rows.size, cols.size, y_right, dx_sums + rows.begin * dim, cols.begin > 0);
+      plan.accumulate(g, g_ld, 1, to_x, cols.size, y_right, dx_sums + rows.begin * dim, cols.begin > 0);
     }
-    if (d.y) {
-      float* dy_sums = half ? y_sums.at<float>(cols.size * dim) : static_cast<float*>(d.y) + cols.begin * dim;
+    if (to_y > 0) {
+      float* dy_sums = half ? y_sums.at<float>(to_y * dim) : static_cast<float*>(d.y) + cols.begin * dim;
       x_right.fill(at_row(p.first.x, p.type, rows.begin, dim), p.type, 1, dim, dim, rows.size);
-      plan.accumulate(g, 1, g_ld, cols.size, rows.size, x_right, dy_sums, rows.begin > 0);
+      plan.accumulate(g, 1, g_ld, to_y, rows.size, x_right, dy_sums, rows.begin > 0);
       if (rows.begin + rows.size == p.m)
-        deliver(dy_sums, p.type, cols.size * dim, p.first.scale,
+        deliver(dy_sums, p.type, to_y * dim, p.first.scale,
                 static_cast<char*>(d.y) + cols.begin * dim * Pack::bytes(p.type));
     }
   });
-  if (d.x) deliver(dx_sums, p.type, p.m * dim, p.first.scale, d.x);
+  if (d.x) deliver(dx_sums, p.type, d.rows * dim, p.first.scale, d.x);
   return total;
 }
 
@@ -116,8 +118,8 @@ class States {
 }  // namespace
 
 void no_gradient(const Problem& p, const Gradients& d) {
-  if (d.x) std::memset(d.x, 0, p.m * p.first.d * Pack::bytes(p.type));
-  if (d.y) std::memset(d.y, 0, p.n * p.first.d * Pack::bytes(p.type));
+  if (d.x) std::memset(d.x, 0, d.rows * p.first.d * Pack::bytes(p.type));
+  if (d.y) std::memset(d.y, 0, d.cols * p.first.d * Pack::bytes(p.type));
   if (d.col) std::fill_n(d.col, p.n, 0.f);
 }
 

@@ -31,9 +31,10 @@ struct Problem {
   int64_t length() const { return rows() + (flags & kCols ? n : 0); }
 };
 
-// Gradients in the features' type, null where not needed; col [n] in fp32.
+// Gradients in the features' type, null where not needed, of the first rows and columns; col [n] in fp32.
 struct Gradients {
   void *x, *y;
+  int64_t rows, cols;
   float* col;
 };
 

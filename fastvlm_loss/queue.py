@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .distributed import eager_in_group, shard_of
 from .scores import check
+from .scores.appended import appended
 from .scores.shard import own_of
 
 __all__ = ["FeatureQueue"]
@@ -25,7 +26,8 @@ class FeatureQueue(torch.nn.Module):
                             image_ids=ids, text_ids=text_ids, directions="image")
 
     and with images likewise, `directions="text"`, the queue's images having the label -1 (`labels` does that). Slots
-    that are not filled, or too old, have the id -1 and are no candidates. Features in the queue have no gradient.
+    that are not filled, or too old, have the id -1 and are no candidates. Features in the queue have no gradient,
+    and backward makes none of what `extend` has put there (in a group, or in a compiled loss, it makes and drops it).
 
     In a group of processes each has the whole queue, and all push alike, with `group=`: what is pushed is the batch of
     all. To a loss with `group=` each process brings its own samples and an equal part of the slots: by
@@ -159,7 +161,7 @@ class FeatureQueue(torch.nn.Module):
             raise ValueError(f"features: got {list(x.shape)}, wanted [B, {self.dim}]")
         part, first = self._part(x.shape[0], group, ids is None)
         own = self.own_ids(x.shape[0]) + first if ids is None else check.integers("ids", ids, x.shape[0], x)
-        return torch.cat([x, self.features[part].to(x.dtype)]), torch.cat([own, self.valid_ids(step)[part]])
+        return appended(x, self.features[part].to(x.dtype)), torch.cat([own, self.valid_ids(step)[part]])
 
     @eager_in_group
     def own_ids(self, count: int, *, group: object = None) -> Tensor:

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastvlm_loss
 from fastvlm_loss import CLIPLoss, clip_loss
@@ -278,6 +279,41 @@ def test_a_frozen_tower_costs_nothing_in_backward(pair, live_backend, keep, monk
     state = STATISTICS[live_backend](*problem, "softmax", 3, keep)[2:]
     dx, dy, *_ = real(*problem, *state, torch.rand(40), None, "softmax", 3, False, True, True, False)
     assert dx.shape == (0,) and dy.shape == (20, 8)
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "rows", "cols"), [(20, 8, 20, 3), (20, 8, 7, 8), (100, 1700, 0, 1600), (1, 9, 1, 0)]
+)
+@pytest.mark.parametrize("keep", [False, True])
+def test_gradients_of_first_rows_are_those_of_all(pair, live_backend, m, n, rows, cols, keep):
+    x, y = pair(m, 8, n=n)
+    problem = Problem.of(x, y, 5.0, 1.0, labels=torch.arange(m) % n)
+    given = *(t if t is None else t.detach() for t in problem.tensors()), torch.cat(problem.targets())
+    state = STATISTICS[live_backend](*given, "softmax", 3, keep)[2:]
+    wanted = *given, *state, torch.rand(m + n), None, "softmax", 3, True, True, True, False
+    swept = *given[:-1], True, True, True
+    for all_, first in ((GRADIENT[live_backend](*wanted), GRADIENT[live_backend](*wanted, rows, cols)),
+                        (SWEEP[live_backend](*swept)[1:], SWEEP[live_backend](*swept, rows, cols)[1:])):  # fmt: skip
+        assert first[0].shape == (rows, 8) and first[1].shape == (cols, 8)
+        for a, b in zip(all_, first, strict=True):
+            torch.testing.assert_close(a[: len(b)] if b.dim() else a, b, rtol=1e-6, atol=1e-7)
+    torch.library.opcheck(GRADIENT[live_backend], (*wanted, rows, cols))
+    torch.library.opcheck(SWEEP[live_backend], (*swept, rows, cols))
+
+
+def test_columns_without_gradient_cost_no_product(pair):
+    def operations(onto, a, b, **_):
+        return 2 * a[0] * a[1] * b[1]
+
+    x, y = (t.detach() for t in pair(64, 8, n=1024))
+    problem, statistic = Problem.of(x, y, 5.0, labels=torch.arange(64)), Softmax()
+    operands, flops = torch.rand(statistic.operands, 64 + 1024), []
+    for cols in (1024, 64, None):
+        with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: operations}) as count:
+            chunked.gradient(problem, statistic, x.new_empty(0), operands, 1.0, 64, cols, True, False)
+        flops.append(count.get_total_flops())
+    product = 2 * 64 * 8
+    assert flops == [3 * 1024 * product, (2 * 1024 + 64) * product, 2 * 1024 * product]
 
 
 def test_registering_twice_is_refused():

@@ -17,6 +17,7 @@ import fastvlm_loss
 from fastvlm_loss import clip_loss
 from fastvlm_loss.backends import triton as backend
 from fastvlm_loss.engine.dispatch import resolve
+from fastvlm_loss.engine.ops import GRADIENT, STATISTICS, SWEEP
 from fastvlm_loss.losses import registry
 from fastvlm_loss.scores.problem import Problem
 from fastvlm_loss.scores.statistics import Softmax
@@ -294,6 +295,23 @@ def test_every_combination_of_requires_grad(m):
                 for tensor, gradient in zip(some, want, strict=True):
                     assert (tensor.grad is None) == (not tensor.requires_grad)
                     assert tensor.grad is None or torch.equal(tensor.grad, gradient)
+
+
+@by_dtype
+@pytest.mark.parametrize(("rows", "cols"), [(130, 40), (7, 300), (0, 257), (130, 0)])
+def test_gradients_of_first_rows_are_those_of_all(dtype, rows, cols, monkeypatch):
+    monkeypatch.setattr(backend, "_workspace", 2**14)  # several macro-tiles
+    x, y, scale = leaves(130, n=300, dtype=dtype)
+    problem = Problem.of(x, y, scale, labels=labels(130, 300, "cpu", torch.Generator().manual_seed(0)).to(DEVICE))
+    given = *(None if t is None else t.detach() for t in problem.tensors()), torch.cat(problem.targets())
+    state = STATISTICS["triton"](*given, "softmax", 3, False)[2:]
+    wanted = *given, *state, torch.rand_like(given[-1]), None, "softmax", 3, True, True, True, False
+    swept = *given[:-1], True, True, True
+    for whole, first in ((GRADIENT["triton"](*wanted), GRADIENT["triton"](*wanted, rows, cols)),
+                         (SWEEP["triton"](*swept)[1:], SWEEP["triton"](*swept, rows, cols)[1:])):  # fmt: skip
+        assert first[0].shape == (rows, 64) and first[1].shape == (cols, 64)
+        for a, b in zip(whole, first, strict=True):
+            torch.testing.assert_close(b, a[: len(b)] if b.dim() else a)
 
 
 @by_dtype

@@ -5,7 +5,9 @@ import torch
 import torch.nn.functional as F
 
 import fastvlm_loss
-from fastvlm_loss import FeatureQueue, clip_loss
+from fastvlm_loss import FeatureQueue, clip_loss, siglip_loss, triplet_loss
+from fastvlm_loss.engine import ops
+from fastvlm_loss.scores.appended import learned_rows
 
 
 @pytest.fixture(autouse=True)
@@ -65,6 +67,65 @@ def test_the_other_direction_has_further_rows(pair):
     loss = clip_loss(images, y, 10.0, labels=queue.labels(10), image_ids=ids, text_ids=ids[:10], directions="text")
     s = 10.0 * y @ torch.cat([x, past.detach()]).T
     torch.testing.assert_close(loss, F.cross_entropy(s, torch.arange(10)))
+
+
+def of_texts(loss, x, y, queue, scale, **options):
+    texts, ids = queue.extend(y)
+    return loss(x, texts, scale, labels=torch.arange(len(x)), image_ids=ids[: len(x)], text_ids=ids, **options)
+
+
+def of_images(loss, x, y, queue, scale, **options):
+    images, ids = queue.extend(x)
+    return loss(images, y, scale, labels=queue.labels(len(x)), image_ids=ids, text_ids=ids[: len(y)], **options)
+
+
+def ranked(x, y, scale, **options):
+    return scale * triplet_loss(x, y, **options)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(("loss", "options"), [
+    (clip_loss, {"directions": "image"}), (clip_loss, {"label_smoothing": 0.1}), (clip_loss, {"normalize": True}),
+    (siglip_loss, {}), (ranked, {}),
+])  # fmt: skip
+@pytest.mark.parametrize(("extend", "last"), [(of_texts, 1), (of_images, 0)])
+def test_the_gradient_of_its_entries_is_not_made(
+    pair, live_backend, monkeypatch, loss, options, extend, last, autocast
+):
+    x, y = pair(10)
+    queue, scale = FeatureQueue(30, 32), torch.tensor(4.0, requires_grad=True)
+    queue.push(pair(30, seed=4)[last])
+    if options.get("directions"):
+        options = {"directions": ("text", "image")[last]}
+    shapes = []
+    for made in (ops.GRADIENT, ops.SWEEP):
+
+        def asked(*arguments, real=made[live_backend], sweep=made is ops.SWEEP):
+            found = real(*arguments)
+            shapes.append([t.shape for t in found[sweep:][:2]])
+            return found
+
+        monkeypatch.setitem(made, live_backend, asked)
+    found = []
+    for name in (live_backend, "dense"):
+        with fastvlm_loss.backend(name), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            value = extend(loss, x, y, queue, scale, **options)
+        found.append(torch.autograd.grad(value, (x, y, scale)))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-2 if autocast else 1e-4, atol=2e-3 if autocast else 1e-6)
+    assert shapes == [[(10, 32), (10, 32)]]
+
+
+def test_what_is_made_of_extended_features_has_a_gradient_of_its_own(pair):
+    y = pair(10)[1]
+    texts, _ = FeatureQueue(8, 32).extend(y)
+    assert learned_rows(texts) == 10
+    other = 2 * texts
+    assert learned_rows(other) == learned_rows(other[:18]) == 18
+    with torch.no_grad():
+        assert learned_rows(FeatureQueue(8, 32).extend(y)[0]) == 18
+    texts[0] = 1.0
+    assert learned_rows(texts) == 18
 
 
 def test_an_entry_with_the_anchors_id_is_no_negative(pair):

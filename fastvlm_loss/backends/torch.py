@@ -63,12 +63,15 @@ def unit(problem: Problem, statistic: Statistic, cotangents: tuple[Tensor, ...])
 
 
 def gradient(
-    problem: Problem, statistic: Statistic, products: Tensor, operands: Tensor, unit: float, need_x: bool,
-    need_y: bool, need_scale: bool, need_col: bool,
+    problem: Problem, statistic: Statistic, products: Tensor, operands: Tensor, unit: float, of_x: int | None,
+    of_y: int | None, need_scale: bool, need_col: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """`dx`, `dy` (empty if not needed), `sum G c` with c = <x, y>, `sum G`, and its column sums (empty likewise)."""
+    """`dx`, `dy`, `sum G c` with c = <x, y>, `sum G`, and its column sums.
+
+    Of x and y the gradients of the first `of_x` and `of_y` rows; empty what is None or not needed.
+    """
     rows, _ = statistic.lengths(problem.x.shape[0], problem.y.shape[0])
-    sums = _Sums(problem, need_x, need_y, need_col)
+    sums = _Sums(problem, of_x, of_y, need_col)
     for r, c in _tiles(problem):
         raw = products[r, c] if products.numel() else _products(problem, r, c)
         tile = _Tile.of(problem, statistic, raw, r, c)
@@ -79,13 +82,13 @@ def gradient(
 
 
 def sweep(
-    problem: Problem, statistic: Sigmoid, need_x: bool, need_y: bool, need_scale: bool
+    problem: Problem, statistic: Sigmoid, of_x: int | None, of_y: int | None, need_scale: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The total in nats, and the first four of what `gradient` returns, from one pass over the scores."""
     none = problem.scale.new_empty((0, 0))
     weights = [none if f is None else f[None] for f in (problem.row_factor, problem.col_factor)]
     total = problem.scale.new_zeros(())
-    sums = _Sums(problem, need_x, need_y, False)
+    sums = _Sums(problem, of_x, of_y, False)
     for r, c in _tiles(problem):
         tile = _Tile.of(problem, statistic, _products(problem, r, c), r, c)
         row, col = weights[0][:, r], weights[1][:, c]
@@ -113,22 +116,22 @@ def sums(problem: Problem, statistic: Sigmoid, need_rows: bool, need_cols: bool)
 class _Sums:
     """What gradient tiles add up to."""
 
-    def __init__(self, problem: Problem, need_x: bool, need_y: bool, need_col: bool) -> None:
-        self.problem, self.need_x, self.need_y, self.need_col = problem, need_x, need_y, need_col
-        x, y, dtype = problem.x, problem.y, problem.scale.dtype
-        self.dx = x.new_zeros(x.shape if need_x else (0,), dtype=dtype)
-        self.dy = y.new_zeros(y.shape if need_y else (0,), dtype=dtype)
+    def __init__(self, problem: Problem, of_x: int | None, of_y: int | None, need_col: bool) -> None:
+        self.problem, self.need_col = problem, need_col
+        d, dtype = problem.x.shape[1], problem.scale.dtype
+        self.dx, self.dy = (problem.scale.new_zeros((0,) if k is None else (k, d), dtype=dtype) for k in (of_x, of_y))
         self.d_scale, self.d_bias = problem.scale.new_zeros(()), problem.scale.new_zeros(())
-        self.d_col = problem.scale.new_zeros(y.shape[0] if need_col else 0)
+        self.d_col = problem.scale.new_zeros(problem.y.shape[0] if need_col else 0)
 
     def add(self, g: Tensor, products: Tensor, r: slice, c: slice) -> None:
         """The tile `g` at rows `r` and columns `c`."""
         self.d_scale += (g * products).sum()
         self.d_bias += g.sum()
-        if self.need_x:
-            self.dx[r].addmm_(g, self.problem.y[c].to(g.dtype))
-        if self.need_y:
-            self.dy[c].addmm_(g.T, self.problem.x[r].to(g.dtype))
+        dx, dy = self.dx[r], self.dy[c]  # of which only first rows may be wanted
+        if len(dx):
+            dx.addmm_(g[: len(dx)], self.problem.y[c].to(g.dtype))
+        if len(dy):
+            dy.addmm_(g[:, : len(dy)].T, self.problem.x[r].to(g.dtype))
         if self.need_col:
             self.d_col[c] += g.sum(0)
 

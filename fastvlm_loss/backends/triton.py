@@ -188,20 +188,23 @@ def _unit(size: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def gradient(
-    problem: Problem, statistic: Statistic, products: Tensor, operands: Tensor, unit: Tensor, need_x: bool,
-    need_y: bool, need_scale: bool, need_col: bool,
+    problem: Problem, statistic: Statistic, products: Tensor, operands: Tensor, unit: Tensor, of_x: int | None,
+    of_y: int | None, need_scale: bool, need_col: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """`dx`, `dy` (empty if not needed), `sum G c`, `sum G`, and its column sums (empty likewise); of G times `unit`."""
+    """`dx`, `dy`, `sum G c`, `sum G`, and its column sums; of G times `unit`.
+
+    Of x and y the gradients of the first `of_x` and `of_y` rows; empty what is None or not needed.
+    """
     rows, _ = statistic.lengths(problem.x.shape[0], problem.y.shape[0])
     row = operands[:, :rows].contiguous() if statistic.rows else None
     col = operands[:, rows:].contiguous() if statistic.cols else None
-    needs = _Needs(need_x, need_y, need_scale or not statistic.shift_invariant, need_col)
+    needs = _Needs(of_x, of_y, need_scale or not statistic.shift_invariant, need_col)
     dx, dy, sums, d_col = _macro_tiles(problem, statistic, row, col, unit, needs)
     return dx, dy, sums[0], sums[1], d_col
 
 
 def sweep(
-    problem: Problem, statistic: Sigmoid, need_x: bool, need_y: bool, need_scale: bool
+    problem: Problem, statistic: Sigmoid, of_x: int | None, of_y: int | None, need_scale: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The total in nats, and the first four of what `gradient` returns, from one pass over the scores."""
     if problem.x.dtype == torch.float16 and problem.row_factor is None:
@@ -211,16 +214,16 @@ def sweep(
     if problem.row_factor is not None and problem.col_factor is not None:
         unit = _unit(_largest(problem.row_factor) * _largest(problem.col_factor), problem.x.dtype)
         row, col = (problem.row_factor / unit)[None], problem.col_factor[None]
-    dx, dy, sums, _ = _macro_tiles(problem, statistic, row, col, unit, _Needs(need_x, need_y, True, False))
+    dx, dy, sums, _ = _macro_tiles(problem, statistic, row, col, unit, _Needs(of_x, of_y, True, False))
     return sums[2] * LN2, dx, dy, sums[0], sums[1]
 
 
 @dataclass(frozen=True)
 class _Needs:
-    """What is wanted of G: the gradients of the features, the kernel's sums, the sums of its columns."""
+    """What is wanted of G: gradients of first rows of the features, the kernel's sums, the sums of its columns."""
 
-    x: bool
-    y: bool
+    x: int | None
+    y: int | None
     sums: bool
     cols: bool
 
@@ -231,10 +234,10 @@ def _macro_tiles(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`dx`, `dy`, the kernel's three sums and the column sums, from G made and consumed macro-tile by macro-tile."""
     x, y, (m, d), n = problem.x, problem.y, problem.x.shape, problem.y.shape[0]
-    new, need_g = problem.scale.new_zeros, needs.x or needs.y
+    of_x, of_y = needs.x or 0, needs.y or 0
+    new, need_g = problem.scale.new_zeros, of_x + of_y > 0
     dtype = gradient_dtype(x.dtype) if isinstance(statistic, Sigmoid) else x.dtype
-    dx = x.new_empty(x.shape if needs.x else (0,), dtype=dtype)
-    dy = y.new_empty(y.shape if needs.y else (0,), dtype=dtype)
+    dx, dy = (x.new_empty((0,) if k is None else (k, d), dtype=dtype) for k in (needs.x, needs.y))
     sums, sum_col = new(3, dtype=torch.float64), new(n if needs.cols else 0)
     if not m or not n:
         return dx.zero_(), dy.zero_(), sums.float(), sum_col
@@ -244,10 +247,10 @@ def _macro_tiles(
         tile = call.tile
         height, width = plan.macro_tile(m, n, _workspace // x.element_size(), tile)
         workspace = x.new_empty(min(height, m) * plan.round_up(min(width, n), 16) if need_g else 0)
-        sum_y = new((n if needs.y else 0, d))
+        sum_y = new((of_y, d))
         for i in range(0, m, height):
             r = slice(i, min(i + height, m))
-            sum_x = new((r.stop - r.start if needs.x else 0, d))
+            sum_x = new((max(min(r.stop, of_x) - i, 0), d))
             for j in range(0, n, width):
                 c = slice(j, min(j + width, n))
                 rows, cols = r.stop - r.start, c.stop - c.start
@@ -266,13 +269,13 @@ def _macro_tiles(
                     sums += parts.sum(1, dtype=torch.float64)
                 if col_parts is not None:
                     sum_col[c] += col_parts.sum(0)
-                if g is not None and needs.x:
-                    add_product(sum_x, g, y[c])
-                if g is not None and needs.y:
-                    add_product(sum_y[c], g.T, x[r])
-            if needs.x:
+                if g is not None and len(sum_x):
+                    add_product(sum_x, g[: len(sum_x)], y[c])
+                if g is not None and len(here := sum_y[c]):
+                    add_product(here, g[:, : len(here)].T, x[r])
+            if len(sum_x):
                 torch.mul(sum_x, factor, out=dx[r])
-        if needs.y:
+        if needs.y is not None:
             torch.mul(sum_y, factor, out=dy)
     return dx, dy, (sums * unit).float(), sum_col * unit
 

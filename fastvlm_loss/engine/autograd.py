@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..scores.function import once
@@ -27,15 +28,16 @@ OF_ROWS = (X, 4, 9)  # fields that a strip of rows takes a part of: features, ta
 
 
 class Statistics(torch.autograd.Function):
-    """`(*problem, targets [L], backend, epilogue, flags, *selection) -> (*vectors [L], state [fields, L], *selected)`.
+    """`(*problem, targets, backend, epilogue, flags, learned, *selection) -> (*vectors [L], state, *selected)`.
 
-    The state has no gradient; it is there for what it tells besides. Nor has what a selection picks in the same pass.
+    The state `[fields, L]` has no gradient; it is there for what it tells besides. Nor has what a selection picks in
+    the same pass.
     """
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
         """Run the statistics op; its state and small products are for backward."""
-        problem, (targets, backend, epilogue, flags, *selection) = arguments[:FIELDS], arguments[FIELDS:]
+        problem, (targets, backend, epilogue, flags, learned, *selection) = arguments[:FIELDS], arguments[FIELDS:]
         # a batch whose products are one small tile keeps it for backward: 6 N^2 D operations instead of 8
         small = problem[X].shape[0] * problem[Y].shape[0] <= ops.KEPT_PRODUCTS[backend]
         keep = small and any(ctx.needs_input_grad[:3])
@@ -44,7 +46,7 @@ class Statistics(torch.autograd.Function):
         ctx.save_for_backward(*problem, targets, state, products)
         ctx.mark_non_differentiable(state, *picked)
         ctx.set_materialize_grads(False)
-        ctx.statistic = backend, epilogue, flags
+        ctx.statistic = backend, epilogue, flags, learned
         return (nll, gap, state, *picked) if decode(epilogue, flags).gap else (nll, state, *picked)
 
     @staticmethod
@@ -53,11 +55,11 @@ class Statistics(torch.autograd.Function):
         saved = ctx.saved_tensors  # once: checkpointing unpacks on access
         problem, (targets, state, products) = saved[:FIELDS], saved[FIELDS:]
         needs = ctx.needs_input_grad
-        backend, epilogue, flags = ctx.statistic
+        backend, epilogue, flags, learned = ctx.statistic
         statistic = decode(epilogue, flags)
         wanted = [d_nll, more[0]] if statistic.gap else [d_nll]
         given = [state.new_zeros(state.shape[1:]) if c is None else c.contiguous() for c in wanted]
-        found = gradients(problem, targets, state, products, given, backend, statistic, needs)
+        found = gradients(problem, targets, state, products, given, backend, statistic, needs, learned)
         if statistic.factor and (needs[ROW_FACTOR] or needs[COL_FACTOR]):
             rows, cols = statistic.lengths(problem[X].shape[0], problem[Y].shape[0])
             factors = statistic.factor_gradient(state, targets, tuple(given))
@@ -68,21 +70,32 @@ class Statistics(torch.autograd.Function):
 
 def gradients(
     problem: tuple[Tensor, ...], targets: Tensor | None, state: Tensor, products: Tensor, given: list[Tensor],
-    backend: str, statistic: Any, needs: tuple[bool, ...],
+    backend: str, statistic: Any, needs: tuple[bool, ...], learned: tuple[int, int] | None = None,
 ) -> list[Tensor | None]:  # fmt: skip
-    """What the tiles of G give, a gradient a field: of features, scale, biases and the teacher, where needed."""
+    """What the tiles of G give, a gradient a field: of features, scale, biases and the teacher, where needed.
+
+    Of the features that of the first rows that are `learned` (None: all), and 0 behind.
+    """
     cotangents = given + [None] * (2 - len(given))
     found: list[Tensor | None] = [None] * FIELDS
     if any(needs[:3]) or needs[COL_BIAS] or (needs[BIAS] and not statistic.shift_invariant):
         how = statistic.name, statistic.flags
         *found[:4], found[COL_BIAS] = ops.GRADIENT[backend](
-            *problem, targets, state, products, *cotangents, *how, *needs[:3], needs[COL_BIAS]
+            *problem, targets, state, products, *cotangents, *how, *needs[:3], needs[COL_BIAS], *(learned or ())
         )
+        _complete(found, problem, needs)
     if needs[BIAS] and statistic.shift_invariant:
         found[BIAS] = torch.zeros_like(problem[SCALE])
     if any(needs[TEACHER]):
         found[TEACHER] = _teacher(problem, targets, state, cotangents, backend, statistic, needs[TEACHER])
     return found
+
+
+def _complete(found: list[Any], problem: tuple[Tensor, ...], needs: tuple[bool, ...]) -> None:
+    """Zeros behind the gradients of the first rows of the features."""
+    for k in (X, Y):
+        if needs[k] and len(found[k]) < len(problem[k]):
+            found[k] = F.pad(found[k], (0, 0, 0, len(problem[k]) - len(found[k])))
 
 
 def _teacher(
@@ -149,7 +162,7 @@ class Weighted(torch.autograd.Function):
 
 
 class Total(torch.autograd.Function):
-    """`(*problem, backend) -> total []`: value and gradients of a sum over all entries are made in one sweep.
+    """`(*problem, backend, learned) -> total []`: value and gradients of a sum over all entries, made in one sweep.
 
     Those of the weights, the problem's factors, take another one, where they are needed.
     """
@@ -157,9 +170,9 @@ class Total(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         """Run the sweep; only a number is missing from the gradients."""
-        problem, backend = arguments[:FIELDS], arguments[FIELDS]
+        problem, (backend, learned) = arguments[:FIELDS], arguments[FIELDS:]
         needs = ctx.needs_input_grad
-        total, *gradients = ops.SWEEP[backend](*problem, *needs[:2], any(needs[2:4]))
+        total, *gradients = ops.SWEEP[backend](*problem, *needs[:2], any(needs[2:4]), *(learned or ()))
         learned = needs[ROW_FACTOR], needs[COL_FACTOR]
         ctx.save_for_backward(*problem, *gradients, *(SUMS(*problem, *learned) if any(learned) else (None, None)))
         return total  # type: ignore[no-any-return]
@@ -169,7 +182,8 @@ class Total(torch.autograd.Function):
         """The gradients times the cotangent."""
         saved, needs = ctx.saved_tensors, ctx.needs_input_grad
         found = of_total(saved[:FIELDS], saved[FIELDS:], cotangent)
-        return (*once(found, saved[:FIELDS], needs), None)
+        _complete(found, saved[:FIELDS], needs)
+        return (*once(found, saved[:FIELDS], needs), None, None)
 
 
 def of_total(problem: tuple[Tensor, ...], made: tuple[Tensor, ...], cotangent: Tensor, world: int = 1) -> list[Any]:

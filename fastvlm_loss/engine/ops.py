@@ -33,9 +33,9 @@ _SCHEMAS = {
     " Tensor? totals, Tensor place)"
     " -> (Tensor nll, Tensor gap, Tensor state, Tensor products, Tensor order, Tensor best)",
     "gradient": f"({PROBLEM}, Tensor? targets, Tensor state, Tensor products, Tensor d_nll, Tensor? d_gap,"
-    " str epilogue, int flags, bool need_x, bool need_y, bool need_scale, bool need_col)"
+    " str epilogue, int flags, bool need_x, bool need_y, bool need_scale, bool need_col, int rows=-1, int cols=-1)"
     " -> (Tensor dx, Tensor dy, Tensor d_scale, Tensor d_bias, Tensor d_col)",
-    "sweep": f"({PROBLEM}, bool need_x, bool need_y, bool need_scale)"
+    "sweep": f"({PROBLEM}, bool need_x, bool need_y, bool need_scale, int rows=-1, int cols=-1)"
     " -> (Tensor total, Tensor dx, Tensor dy, Tensor d_scale, Tensor d_bias)",
 }
 # products a backend keeps for backward instead of making them again, for a batch whose matrix is one small tile
@@ -80,9 +80,16 @@ def _finished(backend: Any, arguments: tuple[Any, ...], selection: Selection | N
     return nll, gap[0] if gap else nll.new_empty(0), state, products, *(best or ())
 
 
+def _wanted(p: Problem, need_x: bool, need_y: bool, rows: int = -1, cols: int = -1) -> tuple[int | None, int | None]:
+    """Of how many first rows and columns the features' gradient is wanted (-1: all), None where it is not needed."""
+    of_x, of_y = (t.shape[0] if size < 0 else size for t, size in ((p.x, rows), (p.y, cols)))
+    return of_x if need_x else None, of_y if need_y else None
+
+
 def _gradient(backend: Any) -> Any:
     def gradient(*arguments: Any) -> Any:
         targets, state, products, d_nll, d_gap, epilogue, flags, *needs = arguments[FIELDS:]
+        need_x, need_y, need_scale, need_col, *learned = needs
         problem, statistic = Problem(*arguments[:FIELDS]), decode(epilogue, flags)
         cotangents = (d_nll,) if d_gap is None else (d_nll, d_gap)
         with no_autocast(problem.x.device.type):
@@ -91,16 +98,18 @@ def _gradient(backend: Any) -> Any:
             unit = backend.unit(problem, statistic, cotangents)
             beta = 0.0 if problem.numbers is None else problem.numbers[0]
             operands = statistic.gradient_operands(state, targets, own, tuple(c / unit for c in cotangents), beta)
-            return backend.gradient(problem, statistic, products, operands, unit, *needs)
+            wanted = _wanted(problem, need_x, need_y, *learned)
+            return backend.gradient(problem, statistic, products, operands, unit, *wanted, need_scale, need_col)
 
     return gradient
 
 
 def _sweep(backend: Any) -> Any:
     def sweep(*arguments: Any) -> Any:
-        problem = Problem(*arguments[:FIELDS])
+        problem, (need_x, need_y, need_scale, *learned) = Problem(*arguments[:FIELDS]), arguments[FIELDS:]
         with no_autocast(problem.x.device.type):
-            return backend.sweep(problem, Sigmoid(problem.row_factor is not None), *arguments[FIELDS:])
+            wanted = _wanted(problem, need_x, need_y, *learned)
+            return backend.sweep(problem, Sigmoid(problem.row_factor is not None), *wanted, need_scale)
 
     return sweep
 
@@ -123,15 +132,19 @@ def _select_fake(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _gradient_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    problem, (need_x, need_y, _, need_col) = Problem(*arguments[:FIELDS]), arguments[-4:]
-    dx = problem.x.new_empty(problem.x.shape if need_x else (0,))
-    dy = problem.y.new_empty(problem.y.shape if need_y else (0,))
-    scale = problem.scale
-    return dx, dy, scale.new_empty(()), scale.new_empty(()), scale.new_empty(problem.y.shape[0] if need_col else 0)
+    need_x, need_y, _, need_col, *learned = arguments[FIELDS + 7 :]
+    return _new_gradients(Problem(*arguments[:FIELDS]), need_x, need_y, need_col, *learned)
+
+
+def _new_gradients(p: Problem, need_x: bool, need_y: bool, need_col: bool, *learned: int) -> tuple[Tensor, ...]:
+    wanted, scale = zip((p.x, p.y), _wanted(p, need_x, need_y, *learned), strict=True), p.scale
+    dx, dy = (t.new_empty((0,) if size is None else (size, t.shape[1])) for t, size in wanted)
+    return dx, dy, scale.new_empty(()), scale.new_empty(()), scale.new_empty(p.y.shape[0] if need_col else 0)
 
 
 def _sweep_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    dx, dy, d_scale, d_bias, _ = _gradient_fake(*arguments, False)
+    need_x, need_y, _, *learned = arguments[FIELDS:]
+    dx, dy, d_scale, d_bias, _ = _new_gradients(Problem(*arguments[:FIELDS]), need_x, need_y, False, *learned)
     dtype = gradient_dtype(dx.dtype)
     return arguments[2].new_empty(()), dx.to(dtype), dy.to(dtype), d_scale, d_bias
 

@@ -187,7 +187,7 @@ def _statistics(
             found = (*dense.finished(p, statistic, everyone), *picked)
     else:
         told = () if selection is None else _told(selection)
-        found = apply(Statistics, *p.tensors(), targets, backend, statistic.name, statistic.flags, *told)
+        found = apply(Statistics, *p.tensors(), targets, backend, statistic.name, statistic.flags, p.learned, *told)
     vectors, state = found[: 1 + statistic.gap], found[1 + statistic.gap]
     return SoftmaxTile(
         vectors[0], vectors[1] if statistic.gap else None, statistic.known(state, targets), statistic.lengths(m, n),
@@ -224,7 +224,7 @@ def sigmoid(problem: Problem) -> Tensor:
     if backend == "dense":
         with no_autocast(problem.x.device.type):
             return dense.total(problem, Sigmoid())
-    total: Tensor = apply(Total, *given, backend)
+    total: Tensor = apply(Total, *given, backend, problem.learned)
     return total
 
 

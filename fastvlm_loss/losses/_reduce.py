@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..scores import check
+from ..scores.appended import with_rows_of
 from ..scores.problem import Problem
 
 __all__ = ["DIRECTIONS", "REDUCTIONS", "combine", "sample_weights", "unit", "unit_features"]
@@ -82,9 +83,8 @@ def unit_features(
     image_features: Tensor, text_features: Tensor, names: tuple[str, str] = ("image_features", "text_features")
 ) -> tuple[Tensor, Tensor]:
     """Both L2-normalised, differentiably."""
-    image, text = (
-        unit(check.features(name, t)) for name, t in zip(names, (image_features, text_features), strict=True)
-    )
+    given = (check.features(name, t) for name, t in zip(names, (image_features, text_features), strict=True))
+    image, text = (with_rows_of(unit(t), t) for t in given)
     return image, text
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 from . import check
+from .appended import learned_rows
 from .shard import Shard
 from .travel import picked
 
@@ -50,6 +51,7 @@ class Problem:
         second: what the second score matrix is for: "teacher", "guide", "margin" or "" (travels in the flags).
         shard: None, or the place of this process in a group: the features are its own then, and M and N in all other
             fields the group's.
+        learned: how many first rows and columns have features with a gradient; None for all.
     """
 
     x: Tensor
@@ -70,6 +72,7 @@ class Problem:
     numbers: Tensor | None = None
     second: str = ""
     shard: Shard | None = None
+    learned: tuple[int, int] | None = None
 
     @classmethod
     def of(
@@ -113,7 +116,10 @@ class Problem:
             if bias is not None:
                 check.finite("logit_bias", bias)
         x, y = x.contiguous(), y.contiguous()
-        return cls(x, _distinct(y, x), scale, bias, target, row_id, col_id, shard=shard)
+        # of a group each process has rows to append, so what needs no gradient stands between what does
+        rows = learned_rows(image_features), learned_rows(text_features)
+        learned = rows if shard is None and rows != (x.shape[0], y.shape[0]) else None
+        return cls(x, _distinct(y, x), scale, bias, target, row_id, col_id, shard=shard, learned=learned)
 
     @classmethod
     def from_tensors(cls, tensors: Sequence[Any]) -> Problem:
@@ -193,9 +199,10 @@ class Problem:
         if self.bias is not None:
             x = torch.cat([x, (factors * self.bias)[:, None]], 1)
             y = F.pad(y, (0, 1), value=1.0)
-        return replace(
-            self, x=x.contiguous(), y=_distinct(y.contiguous(), x), scale=torch.ones_like(self.scale), bias=None
-        )
+        return replace(  # factors, scale and bias have a gradient by every row
+            self, x=x.contiguous(), y=_distinct(y.contiguous(), x), scale=torch.ones_like(self.scale), bias=None,
+            learned=None,
+        )  # fmt: skip
 
     def taught(self, teacher_image_features: Tensor, teacher_text_features: Tensor, teacher_scale: Any) -> Problem:
         """The same with a teacher's score matrix."""
@@ -256,7 +263,7 @@ class Problem:
         return rows, cols.index_add(0, self.target.clamp(min=0), rows) if cols.shape[0] else cols
 
 
-FIELDS = len(fields(Problem)) - 2  # tensors that travel through the op boundary
+FIELDS = len(fields(Problem)) - 3  # tensors that travel through the op boundary
 
 
 def _matches(ids: Tensor, others: Tensor) -> Tensor:
