@@ -52,11 +52,13 @@ const float* values(const char* name, const Optional& t, int64_t length) {
 
 float number(const char* name, const Optional& t) { return t ? *values(name, t, 1) : 0.f; }
 
-fastvlm::Features features(const Tensor& x, const Tensor& y, ScalarType dtype, int64_t m, int64_t n, float scale) {
-  STD_TORCH_CHECK(x.dim() == 2 && y.dim() == 2 && x.size(0) == m && y.size(0) == n && x.size(1) == y.size(1) &&
+fastvlm::Features features(const Tensor& x, const Tensor& y, ScalarType dtype, int64_t m, int64_t n, float scale,
+                           bool layered = false) {
+  const int64_t layers = layered && m ? x.size(0) / m : 1;
+  STD_TORCH_CHECK(x.dim() == 2 && y.dim() == 2 && layers > 0 && x.size(0) == layers * m && y.size(0) == n && x.size(1) == y.size(1) &&
                       x.scalar_type() == dtype && y.scalar_type() == dtype && x.is_contiguous() && y.is_contiguous(),
                   "x, y: wanted contiguous [M, D] and [N, D] of one dtype");
-  return {x.const_data_ptr(), y.const_data_ptr(), x.size(1), scale};
+  return {x.const_data_ptr(), y.const_data_ptr(), x.size(1), scale, layers};
 }
 
 // The first 16 arguments of every operator, which stay alive with it.
@@ -82,7 +84,8 @@ struct Given {
     p.first = features(x, y, dtype, p.m, p.n, number("scale", scale));
     if (flags & fastvlm::kSecond) {
       STD_TORCH_CHECK(teacher_x && teacher_y && teacher_scale, "teacher: wanted for these flags, got none");
-      p.second = features(*teacher_x, *teacher_y, dtype, p.m, p.n, number("teacher_scale", teacher_scale));
+      p.second = features(*teacher_x, *teacher_y, dtype, p.m, p.n, number("teacher_scale", teacher_scale),
+                          flags & fastvlm::kMargin);
     }
     p.bias = number("bias", bias);
     p.target = ids("target", target, p.m);

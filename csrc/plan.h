@@ -4,11 +4,12 @@
 
 namespace fastvlm {
 
-// Features x [m, d] and y [n, d] of a score matrix.
+// Features x [layers m, d] and y [n, d] of a score matrix, whose products are the largest of a row's in all layers.
 struct Features {
   const void *x, *y;
   int64_t d;
   float scale;
+  int64_t layers;
 };
 
 // As of the Problem in scores/problem.py; null for what is not there.

@@ -2,6 +2,7 @@
 #pragma once
 #include <algorithm>
 #include <cstring>
+#include <deque>
 
 #include "parallel.h"
 #include "plan.h"
@@ -57,14 +58,33 @@ struct Packed {
   const Features& of;
   Type type;
   const Products* q;
-  Pack left{q, q->mr}, right{q, q->nr};
+  const int64_t m;  // rows of a layer
+  std::deque<Pack> left;
+  Pack right{q, q->nr};
 
-  void rows(Range r) { left.fill(at_row(of.x, type, r.begin, of.d), type, of.d, 1, r.size, of.d); }
+  Packed(const Features& features, Type t, const Products* p, int64_t rows) : of(features), type(t), q(p), m(rows) {
+    for (int64_t k = 0; k < of.layers; ++k) left.emplace_back(q, q->mr);
+  }
+  void rows(Range r) {
+    for (int64_t k = 0; k < of.layers; ++k)
+      left[k].fill(at_row(of.x, type, k * m + r.begin, of.d), type, of.d, 1, r.size, of.d);
+  }
   void columns(Range c) { right.fill(at_row(of.y, type, c.begin, of.d), type, of.d, 1, c.size, of.d); }
   // Products of a tile at r, c of the macro-tile.
   void multiply(int64_t r, int64_t c, const Tile& t, float* out) {
+    static thread_local Buffer other;
+    const int64_t size = round_up(t.rows, q->mr) * t.ld;
+    for (int64_t k = 0; k < of.layers; ++k) {
+      float* here = k ? other.at<float>(size) : out;
+      multiply(left[k], r, c, t, here);
+      for (int64_t i = 0; k && i < size; ++i) out[i] = std::max(out[i], here[i]);
+    }
+  }
+
+ private:
+  void multiply(Pack& rows, int64_t r, int64_t c, const Tile& t, float* out) {
     for (int64_t k = 0; k < of.d; k += kStepK)
-      q->multiply(left.from(r, k), left.panel, right.from(c, k), right.panel, std::min(kStepK, of.d - k), out, t.ld,
+      q->multiply(rows.from(r, k), rows.panel, right.from(c, k), right.panel, std::min(kStepK, of.d - k), out, t.ld,
                   round_up(t.rows, q->mr), t.padded, k > 0);
   }
 };
@@ -78,7 +98,7 @@ struct Plan {
   // small batches get smaller tiles, so that every thread has one
   const int64_t tile_rows = std::min(kTileRows, round_up(divide_up(p.m, 4), q->mr));
   const int64_t tile_cols = kTileCols;
-  Packed first{p.first, p.type, q}, second{p.second, p.type, q};
+  Packed first{p.first, p.type, q, p.m}, second{p.second, p.type, q, p.m};
 
   // Calls f(rows, cols) for every macro-tile, the features packed for its products.
   template <class F>

@@ -107,7 +107,9 @@ def exact_tile(x, y, tx, ty, entries, row, col, m0, n0, M, N, FLAGS: tl.constexp
     hit = hits(row, col, FLAGS)
     second, shifted = 0.0, acc
     if tx is not None:
-        second = product(tx, ty, m0, n0, M, N, D[1], BM, BN, BK, LOAD)
+        second = product(tx, ty, m0, n0, M * D[2], N, D[1], BM, BN, BK, LOAD)
+        for k in range(1, D[2]):  # further rows of `tx` for each of `x`: the largest product counts
+            second = tl.maximum(second, product(tx, ty, k * M + m0, n0, M * D[2], N, D[1], BM, BN, BK, LOAD))
     if FLAGS & MARGIN:
         most, size = tl.load(entries[NUMBERS]), tl.load(entries[NUMBERS] + 1)
         margin = tl.minimum(most, size - second * tl.load(entries[TEACHER_SCALE]))

@@ -23,7 +23,7 @@ from fastvlm_loss import (
     triplet_loss,
     vqa_loss,
 )
-from fastvlm_loss.losses import margin
+from fastvlm_loss.losses import _margin
 from fastvlm_loss.losses._spec import documented
 
 MOST_FIELDS = 8  # numbers of a row's or column's state; features have 10 or more
@@ -219,7 +219,7 @@ def little_gathered(rank, world):
     collect, scatter = distributed.Group.collect, distributed.Group.scatter
 
     def collecting(self, own, sizes):
-        if sum(sizes) > margin.SAMPLE:  # a margin's threshold is that of so many texts
+        if sum(sizes) > _margin.SAMPLE:  # a margin's threshold is that of so many texts
             widest[case] = max(widest[case], *own.shape[1:], 0)
         return collect(self, own, sizes)
 
@@ -228,7 +228,7 @@ def little_gathered(rank, world):
 
     distributed.set_gather_limit(0)
     distributed.Group.collect, distributed.Group.scatter = collecting, scattering
-    margin.SAMPLE = 2
+    _margin.SAMPLE = 2
     try:
         batch = group_cases.own(group_cases.whole_batch(4 * world, torch.float32), (4,) * world, rank)
         for case in group_cases.CASES:

@@ -107,3 +107,39 @@ def test_no_text_at_all(pair):
     x, y = pair(3)
     loss = margin_clip_loss(x, y[:0], 10.0, text_embeddings=y[:0], labels=torch.full((3,), -1))
     assert loss.item() == 0.0
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("m", [7, 40])
+def test_an_image_stands_at_all_its_captions(pair, count, m):
+    x, y = pair(m)
+    t, others = (pair(k, 8, seed=9)[0].detach() for k in (m, m * count))
+    captions = others.reshape(m, count, 8)
+    r = torch.einsum("mce,ne->mnc", captions, t).amax(2)
+    mu = (0.2 * (1 - r) / 0.7).clamp(max=0.2).fill_diagonal_(0.0)
+    s, label = 10.0 * (x @ y.T + mu), torch.arange(m)
+    want = (F.cross_entropy(s, label) + F.cross_entropy(s.T, label)) / 2
+    got = margin_clip_loss(x, y, 10.0, text_embeddings=t, caption_embeddings=captions, threshold=0.3)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    for a, b in zip(torch.autograd.grad(got, (x, y)), torch.autograd.grad(want, (x, y)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_its_own_text_as_the_only_caption_changes_nothing(pair):
+    x, y = pair(20)
+    t = pair(20, 8, seed=9)[0].detach()
+    plain = margin_clip_loss(x, y, 10.0, text_embeddings=t)
+    for captions in (t[:, None], t[:, None].expand(-1, 3, -1)):
+        assert torch.equal(margin_clip_loss(x, y, 10.0, text_embeddings=t, caption_embeddings=captions), plain)
+
+
+def test_errors_of_captions(pair):
+    x, y = pair(6)
+    t = pair(6, 8, seed=9)[0].detach()
+    for message, captions in (
+        (r"caption_embeddings: got 5 images, wanted 6 as in image_features", t[:5, None]),
+        (r"caption_embeddings: got .* wanted shape \[rows, tokens, D\]", t),
+        (r"text_embeddings: got .* wanted D = 7 as in caption_embeddings", t[:, None, :7]),
+    ):
+        with pytest.raises(ValueError, match=message):
+            margin_clip_loss(x, y, 10.0, text_embeddings=t, caption_embeddings=captions)

@@ -89,7 +89,10 @@ def _scores(problem: Problem, statistic: Statistic | Sigmoid) -> tuple[Tensor, T
 def _second(problem: Problem) -> Tensor:
     assert problem.teacher_x is not None and problem.teacher_y is not None and problem.teacher_scale is not None
     dtype = problem.scale.dtype
-    return problem.teacher_scale * (problem.teacher_x.to(dtype) @ problem.teacher_y.to(dtype).T)
+    products = problem.teacher_x.to(dtype) @ problem.teacher_y.to(dtype).T
+    if problem.layers > 1:
+        products = products.unflatten(0, (problem.layers, -1)).amax(0)
+    return problem.teacher_scale * products
 
 
 def _beyond(problem: Problem, statistic: Statistic, hit: Tensor, axis: int) -> Tensor:

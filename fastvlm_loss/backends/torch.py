@@ -179,7 +179,10 @@ class _Tile:
         if statistic.second:
             assert p.teacher_x is not None and p.teacher_y is not None and p.teacher_scale is not None
             dtype = p.scale.dtype
-            beside = p.teacher_x[r].to(dtype) @ p.teacher_y[c].to(dtype).T
+            others, m = p.teacher_y[c].to(dtype).T, p.x.shape[0]
+            beside = p.teacher_x[r].to(dtype) @ others
+            for k in range(1, p.layers):
+                beside = torch.maximum(beside, p.teacher_x[k * m + r.start : k * m + r.stop].to(dtype) @ others)
             second = beside * p.teacher_scale
         shifted = products
         if statistic.margin and second is not None:

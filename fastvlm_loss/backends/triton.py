@@ -289,7 +289,7 @@ class _Call:
     second: tuple[Any, Any]
     entries: tuple[Tensor | None, ...]
     flags: int
-    d: tuple[int, int]
+    d: tuple[int, int, int]
     tma: bool
     precision: str
     processors: int
@@ -309,11 +309,11 @@ class _Call:
             operand(t, rows, tile.depth, tma) for t, rows in ((x, tile.rows), (y, tile.cols), (y, tile.piece))
         )
         second: tuple[Any, Any] = (None, None)
-        depths = x.shape[1], 0
+        depths = x.shape[1], 0, 1
         if statistic.second and p.teacher_x is not None and p.teacher_y is not None:
             tx, ty = aligned(p.teacher_x), aligned(p.teacher_y)
             second = operand(tx, tile.rows, tile.depth, tma), operand(ty, tile.piece, tile.depth, tma)
-            depths = x.shape[1], tx.shape[1]
+            depths = x.shape[1], tx.shape[1], p.layers
         flags = statistic.flags | IDS.value * ids
         if p.col_bias is not None:
             flags |= BIASED.value

@@ -42,7 +42,8 @@ class Problem:
         row_factor, col_factor: `[M]` and `[N]` or None, a factor of every row's and column's scores (softmax) or
             losses (sigmoid), or its threshold (hinge), with gradient where the statistic has one.
         teacher_x, teacher_y, teacher_scale: `[M, E]`, `[N, E]` and `[]` of a second score matrix, or None: the
-            teacher's (with gradient), the guide's of a filter, or the similarity that a margin follows.
+            teacher's (with gradient), the guide's of a filter, or the similarity that a margin follows. A margin's may
+            have several rows for each of x, `[layers M, E]`, row k M + i the k-th of x_i: the largest product counts.
         col_bias: `[N]` or None, added to every score of a column, with gradient.
         row_limit, col_limit: `[2, M]` and `[2, N]` or None. A negative leaves the candidates of a row (column) if its
             product <x_i, y_j> is above the first limit or its second product above the second.
@@ -135,6 +136,12 @@ class Problem:
     def n(self) -> int:
         """Columns, likewise."""
         return self.y.shape[0] if self.shard is None else sum(self.shard.cols)
+
+    @property
+    def layers(self) -> int:
+        """How many rows of `teacher_x` each row of x has."""
+        rows = self.x.shape[0]
+        return 1 if self.teacher_x is None or not rows else self.teacher_x.shape[0] // rows
 
     @property
     def own_rows(self) -> slice:
