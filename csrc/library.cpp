@@ -55,8 +55,9 @@ float number(const char* name, const Optional& t) { return t ? *values(name, t, 
 fastvlm::Features features(const Tensor& x, const Tensor& y, ScalarType dtype, int64_t m, int64_t n, float scale,
                            bool layered = false) {
   const int64_t layers = layered && m ? x.size(0) / m : 1;
-  STD_TORCH_CHECK(x.dim() == 2 && y.dim() == 2 && layers > 0 && x.size(0) == layers * m && y.size(0) == n && x.size(1) == y.size(1) &&
-                      x.scalar_type() == dtype && y.scalar_type() == dtype && x.is_contiguous() && y.is_contiguous(),
+  STD_TORCH_CHECK(x.dim() == 2 && y.dim() == 2 && layers > 0 && x.size(0) == layers * m && y.size(0) == n &&
+                      x.size(1) == y.size(1) && x.scalar_type() == dtype && y.scalar_type() == dtype &&
+                      x.is_contiguous() && y.is_contiguous(),
                   "x, y: wanted contiguous [M, D] and [N, D] of one dtype");
   return {x.const_data_ptr(), y.const_data_ptr(), x.size(1), scale, layers};
 }

@@ -47,6 +47,8 @@ class DataConfig:
         size: of the pictures, pixels a side.
         max_pixels: a picture with more is skipped, before it is decoded.
         augment: zoom, shift, tilt and recolour training pictures a little (never mirrored).
+        restyle: also change their edges, gamma, hue and light, cover a part, take the colour of every tenth: for
+            pictures of a style that was not trained on.
         keywords: put up to three tags behind every second training caption, where the source has tags.
         no_duplicates: avoid equal captions in a batch (of one source, looking eight batches ahead).
         tokenizer: `words` (the training set's own), or a folder with a tokenizer.json, or that file.
@@ -67,6 +69,7 @@ class DataConfig:
     size: int = 48
     max_pixels: int = MAX_PIXELS
     augment: bool = True
+    restyle: bool = False
     keywords: bool = True
     no_duplicates: bool = False
     tokenizer: str = "words"

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import signal
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ...data.augment import DICE, shake
+from ...data.augment import DICE, RESTYLE_DICE, restyle, shake
 from ...data.images import BadImage
 from ...data.pairs import KEYWORDS
 from .batch import Batch, Collator, Row
 from .config import DataConfig
-from .order import PICTURE, QUESTION, TEXT, Order, dice
+from .order import PICTURE, QUESTION, STYLE, TEXT, Order, dice
 from .samples import Sample, Skip, Source, reason_of
 
 if TYPE_CHECKING:
@@ -50,8 +51,12 @@ class Steps(Dataset[Batch]):
         samples = [self._read(step, int(row), int(source[row]), int(number[row]), skipped) for row in self.share]
         texts, questions = self._texts(samples, step), self._questions(samples, step)
         batch = self.collate([Row(*row) for row in zip(samples, texts, questions, strict=True)])
-        if self.config.augment:
-            batch["images"] = self._augmented(batch["images"], step)
+        for asked, change, purpose, count in (
+            (self.config.restyle, restyle, STYLE, RESTYLE_DICE), (self.config.augment, shake, PICTURE, DICE)
+        ):  # fmt: skip
+            if asked:
+                drawn = dice(self.order.seed, step, self.share, purpose, count)
+                batch["images"] = _changed(change, batch["images"], drawn)
         return {**batch, "step": step, "skipped": skipped}
 
     def _read(self, step: int, row: int, source: int, number: int, skipped: list[Skip]) -> Sample:
@@ -84,10 +89,11 @@ class Steps(Dataset[Batch]):
             for sample, at in zip(samples, drawn, strict=True)
         ]
 
-    def _augmented(self, images: torch.Tensor, step: int) -> torch.Tensor:
-        drawn = torch.from_numpy(dice(self.order.seed, step, self.share, PICTURE, DICE)).T.mul(2).sub(1).float()
-        parts = zip(images.split(_AT_ONCE), drawn.split(_AT_ONCE, 1), strict=True)
-        return torch.cat([shake(*part) for part in parts]).contiguous()
+
+def _changed(change: Callable[[Tensor, Tensor], Tensor], images: Tensor, drawn: np.ndarray) -> Tensor:
+    numbers = torch.from_numpy(drawn).T.mul(2).sub(1).float()
+    parts = zip(images.split(_AT_ONCE), numbers.split(_AT_ONCE, 1), strict=True)
+    return torch.cat([change(*part) for part in parts]).contiguous()
 
 
 def _some(words: Sequence[str], drawn: np.ndarray) -> list[str]:

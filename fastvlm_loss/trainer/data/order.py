@@ -10,7 +10,7 @@ import torch
 
 from ...scores.philox import halves, philox
 
-PICTURE, TEXT, QUESTION, MIX, SOURCE = range(5)  # what random words are for
+PICTURE, TEXT, QUESTION, MIX, SOURCE, STYLE = range(6)  # what random words are for
 
 
 def dice(seed: int, step: int, rows: np.ndarray | Sequence[int], purpose: int, words: int = 4) -> np.ndarray:
