@@ -1,8 +1,10 @@
 """A run from beginning to end: it learns, resumes bit for bit, keeps what it should, and says what is wrong."""
 
+import dataclasses
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from fastvlm_loss.trainer.config import (
 )
 from fastvlm_loss.trainer.objectives import contrastive_losses
 from fastvlm_loss.trainer.progress import read
-from fastvlm_loss.trainer.run import Run
+from fastvlm_loss.trainer.run import Run, _differences
 from fastvlm_loss.trainer.world import World
 
 HERE = World(torch.device("cpu"))
@@ -184,6 +186,15 @@ def test_a_resumed_run_must_be_the_same_run(tmp_path):
     with pytest.raises(CheckpointError, match="other values of batch_size, seed, wanted the same"):
         Run(made, HERE)
     Run(config(tmp_path, resume="auto", threads=1, micro_batch=3), HERE)  # how, not what
+
+
+def test_an_option_that_is_newer_than_a_run_had_its_default():
+    old, new = (dataclasses.asdict(config(Path("somewhere"))) for _ in range(2))
+    del old["data"]["restyle"], old["itm"]
+    assert _differences(old, new) == []
+    new["data"]["restyle"] = True
+    new["itm"]["k"] = 5
+    assert sorted(_differences(old, new)) == ["data.restyle", "itm.k"]
 
 
 def test_auto_precision_is_resumed_as_what_it_was(tmp_path):

@@ -271,18 +271,19 @@ class Run:
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Names of what a resumed run may not change, with dots."""
+    """Names of what a resumed run may not change, with dots; an option that is newer than the run had its default."""
     free = _FREE | {f"data.{name}" for name in _FREE_DATA}
 
-    def walk(a: Any, b: Any, name: str) -> list[str]:
+    def walk(a: Any, b: Any, usual: Any, name: str) -> list[str]:
         if name in free:
             return []
         if isinstance(a, dict) and isinstance(b, dict):
-            keys = {*a, *b}
-            return [d for k in keys for d in walk(a.get(k), b.get(k), f"{name}.{k}" if name else k)]
-        plain_b = list(b) if isinstance(b, tuple) else b
-        if isinstance(a, list) and isinstance(plain_b, list) and len(a) == len(plain_b):
-            return [d for k, pair in enumerate(zip(a, plain_b, strict=True)) for d in walk(*pair, f"{name}[{k}]")]
-        return [] if a == plain_b else [name]
+            keys, known = {*a, *b}, usual if isinstance(usual, dict) else {}
+            below = [(a.get(k, known.get(k)), b.get(k), known.get(k), f"{name}.{k}" if name else k) for k in keys]
+            return [d for given in below for d in walk(*given)]
+        a, b = (list(v) if isinstance(v, tuple) else v for v in (a, b))
+        if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+            return [d for k, pair in enumerate(zip(a, b, strict=True)) for d in walk(*pair, None, f"{name}[{k}]")]
+        return [] if a == b else [name]
 
-    return walk(old, new, "")
+    return walk(old, new, dataclasses.asdict(Config()), "")
