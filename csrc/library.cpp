@@ -58,7 +58,7 @@ fastvlm::Features features(const Tensor& x, const Tensor& y, ScalarType dtype, i
   STD_TORCH_CHECK(x.dim() == 2 && y.dim() == 2 && layers > 0 && x.size(0) == layers * m && y.size(0) == n &&
                       x.size(1) == y.size(1) && x.scalar_type() == dtype && y.scalar_type() == dtype &&
                       x.is_contiguous() && y.is_contiguous(),
-                  "x, y: wanted contiguous [M, D] and [N, D] of one dtype");
+                  "x, y: wanted contiguous [M, D] (a margin's: [C M, D]) and [N, D] of one dtype");
   return {x.const_data_ptr(), y.const_data_ptr(), x.size(1), scale, layers};
 }
 
@@ -77,7 +77,7 @@ struct Given {
   fastvlm::Problem problem(int64_t flags) const {
     const ScalarType dtype = x.scalar_type();
     STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "x: wanted float32 or bfloat16");
-    STD_TORCH_CHECK(x.dim() == 2 && y.dim() == 2, "x, y: wanted contiguous [M, D] and [N, D] of one dtype");
+    STD_TORCH_CHECK(x.dim() == 2 && y.dim() == 2, "x, y: wanted contiguous [M, D] (a margin's: [C M, D]) and [N, D] of one dtype");
     STD_TORCH_CHECK(row_id.has_value() == col_id.has_value(), "row_id, col_id: wanted both or neither");
     fastvlm::Problem p{};
     p.type = dtype == ScalarType::Float ? fastvlm::Type::f32 : fastvlm::Type::bf16;

@@ -77,7 +77,8 @@ struct Packed {
     for (int64_t k = 0; k < of.layers; ++k) {
       float* here = k ? other.at<float>(size) : out;
       multiply(left[k], r, c, t, here);
-      for (int64_t i = 0; k && i < size; ++i) out[i] = std::max(out[i], here[i]);
+      for (int64_t i = 0; k && i < size; ++i)  // NaN of either stays
+        out[i] = out[i] >= here[i] || out[i] != out[i] ? out[i] : here[i];
     }
   }
 

@@ -27,7 +27,9 @@ class FeatureQueue(torch.nn.Module):
 
     and with images likewise, `directions="text"`, the queue's images having the label -1 (`labels` does that). Slots
     that are not filled, or too old, have the id -1 and are no candidates. Features in the queue have no gradient,
-    and backward makes none of what `extend` has put there (in a group, or in a compiled loss, it makes and drops it).
+    and no product makes one of what `extend` has put there, if the loss gets what it returned as it is: asked for the
+    gradient of the extended tensor itself, backward gives 0 behind the batch. In a group, or in a compiled loss, it is
+    made and dropped.
 
     In a group of processes each has the whole queue, and all push alike, with `group=`: what is pushed is the batch of
     all. To a loss with `group=` each process brings its own samples and an equal part of the slots: by

@@ -108,11 +108,13 @@ def exact_tile(x, y, tx, ty, entries, row, col, m0, n0, M, N, FLAGS: tl.constexp
     second, shifted = 0.0, acc
     if tx is not None:
         second = product(tx, ty, m0, n0, M * D[2], N, D[1], BM, BN, BK, LOAD)
-        for k in range(1, D[2]):  # further rows of `tx` for each of `x`: the largest product counts
-            second = tl.maximum(second, product(tx, ty, k * M + m0, n0, M * D[2], N, D[1], BM, BN, BK, LOAD))
+        for k in range(1, D[2]):  # further rows of `tx` for each of `x`: the largest product counts, NaN before all
+            other = product(tx, ty, k * M + m0, n0, M * D[2], N, D[1], BM, BN, BK, LOAD)
+            second = tl.maximum(second, other, propagate_nan=tl.PropagateNan.ALL)
     if FLAGS & MARGIN:
         most, size = tl.load(entries[NUMBERS]), tl.load(entries[NUMBERS] + 1)
-        margin = tl.minimum(most, size - second * tl.load(entries[TEACHER_SCALE]))
+        margin = size - second * tl.load(entries[TEACHER_SCALE])
+        margin = tl.minimum(most, margin, propagate_nan=tl.PropagateNan.ALL)
         shifted = acc + tl.where(hit, 0.0, margin)
     s = scores(shifted, scale, row, col, FLAGS)
     to_row = _within_limits(s, acc, second, hit, row, 1, FLAGS)

@@ -138,8 +138,18 @@ def test_errors_of_captions(pair):
     t = pair(6, 8, seed=9)[0].detach()
     for message, captions in (
         (r"caption_embeddings: got 5 images, wanted 6 as in image_features", t[:5, None]),
-        (r"caption_embeddings: got .* wanted shape \[rows, tokens, D\]", t),
-        (r"text_embeddings: got .* wanted D = 7 as in caption_embeddings", t[:, None, :7]),
+        (r"caption_embeddings: got .* wanted shape \[M, C, E\] with C and E >= 1", t),
+        (r"caption_embeddings: got .* wanted shape \[M, C, E\] with C and E >= 1", t[:, None][:, :0]),
+        (r"caption_embeddings: got .* wanted D = 8 as in text_embeddings", t[:, None, :7]),
     ):
         with pytest.raises(ValueError, match=message):
             margin_clip_loss(x, y, 10.0, text_embeddings=t, caption_embeddings=captions)
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_a_caption_that_is_not_a_number_is_not_hidden(pair, layer):
+    x, y = pair(6)
+    t, others = (pair(k, 8, seed=9)[0].detach() for k in (6, 18))
+    captions = others.reshape(6, 3, 8)
+    captions[2, layer] = float("nan")
+    assert margin_clip_loss(x, y, 7.0, text_embeddings=t, caption_embeddings=captions, threshold=0.3).isnan()

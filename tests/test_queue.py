@@ -230,3 +230,10 @@ def test_nothing_is_a_candidate_before_the_start():
 def test_errors_of_payloads_are_named(make, message):
     with pytest.raises((TypeError, ValueError), match=message):
         make(FeatureQueue(4, 2), FeatureQueue(4, 2, payload=((3,), torch.int64)))
+
+
+def test_what_two_queues_append_has_no_gradient_either():
+    first, second = FeatureQueue(5, 4), FeatureQueue(3, 4)
+    own = torch.randn(6, 4, requires_grad=True)
+    features, _ = second.extend(*first.extend(own))
+    assert features.shape == (14, 4) and learned_rows(features) == 6

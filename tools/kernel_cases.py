@@ -47,13 +47,15 @@ def problem(
     return Problem.of(x, y, 1.0, 0.0 if bias else None, labels=labels, image_ids=rows, text_ids=cols)
 
 
-def with_options(given: Problem, statistic: Softmax | Hinge | Candidates, biased: bool = False) -> Problem:
+def with_options(
+    given: Problem, statistic: Softmax | Hinge | Candidates, biased: bool = False, layers: int = 1
+) -> Problem:  # fmt: skip
     """The problem with what a statistic wants of it, and with `biased` a bias of each column."""
     m, n = given.x.shape[0], given.y.shape[0]
     if statistic.factor:
         given = given.weighted(None, None)
     if statistic.second:
-        given = given.beside("teacher", ("", "", ""), given.x, given.y, 1.0, m)
+        given = given.beside("teacher", ("", "", ""), given.x.repeat(layers, 1), given.y, 1.0, layers * m)
     if statistic.limit or statistic.guide:
         given = replace(given, row_limit=torch.zeros(2, m), col_limit=torch.zeros(2, n))
     if statistic.margin or getattr(statistic, "hardness", False):
@@ -63,14 +65,14 @@ def with_options(given: Problem, statistic: Softmax | Hinge | Candidates, biased
 
 def step(
     given: Problem, statistic: Softmax | Hinge, needs: tuple[bool, bool, bool] = (True, True, True),
-    biased: bool = False,
+    biased: bool = False, layers: int = 1,
 ) -> None:  # fmt: skip
     """Forward and backward of a statistic through the operators, with the options it wants from the problem.
 
     `needs` says which of the features and the scale want a gradient; without any there is no backward. With a teacher
-    backward includes its gradient, with `biased` that of the columns' bias.
+    backward includes its gradient, with `biased` that of the columns' bias; `layers` are the captions of an image.
     """
-    given = with_options(given, statistic, biased)
+    given = with_options(given, statistic, biased, layers)
     counts = given.positives() if statistic.positive_ids else given.targets()
     sides = zip(counts, (statistic.rows, statistic.cols), strict=True)
     present = [count for count, wanted in sides if wanted and count is not None]
@@ -188,6 +190,8 @@ def _family() -> Iterator[Case]:
             yield Case(f"{name} {targets} bf16 768", partial(step, given, statistic))
             if name in ONE_WAY and targets == several[-1]:
                 yield Case(f"{name} rows {targets} bf16 768", partial(step, given, replace(statistic, cols=False)))
+    captions = problem(512, 512, 768), Softmax(margin=True)
+    yield Case("margin of 3 captions paired bf16 768", partial(step, *captions, layers=3))
     rows = Softmax(cols=False)
     for name, statistic in {"plain": rows, "smoothed": replace(rows, gap=True)}.items():  # a vocabulary's bias
         given = problem(512, 512, 768, targets="labels")

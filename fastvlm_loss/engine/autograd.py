@@ -173,8 +173,8 @@ class Total(torch.autograd.Function):
         problem, (backend, learned) = arguments[:FIELDS], arguments[FIELDS:]
         needs = ctx.needs_input_grad
         total, *gradients = ops.SWEEP[backend](*problem, *needs[:2], any(needs[2:4]), *(learned or ()))
-        learned = needs[ROW_FACTOR], needs[COL_FACTOR]
-        ctx.save_for_backward(*problem, *gradients, *(SUMS(*problem, *learned) if any(learned) else (None, None)))
+        weighs = needs[ROW_FACTOR], needs[COL_FACTOR]
+        ctx.save_for_backward(*problem, *gradients, *(SUMS(*problem, *weighs) if any(weighs) else (None, None)))
         return total  # type: ignore[no-any-return]
 
     @staticmethod

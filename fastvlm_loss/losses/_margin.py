@@ -20,7 +20,8 @@ def captions(given: Tensor | None, texts: Tensor, p: Problem, options: Options) 
     """What the images stand at `[C M, E]`, the first of all images, then the second of all, and so on."""
     m, labels = p.x.shape[0], options.get("labels")
     if given is not None:
-        given = check.sets("caption_embeddings", given).detach()
+        given = check.sets("caption_embeddings", given, "M, C, E").detach()
+        check.alike("caption_embeddings", given, "text_embeddings", texts)
         if given.shape[0] != m:
             raise ValueError(f"caption_embeddings: got {given.shape[0]} images, wanted {m} as in image_features")
         if options.get("check_finite"):

@@ -16,7 +16,7 @@ class BatchNegatives:
     """Negatives for image-text matching from a loss's own pass: `clip_loss(..., negatives=negatives)` fills it.
 
     What `hard_negatives` picks with the loss's labels, ids and filters, and without a second product of the features,
-    except with `group=` and, on a GPU, beside several options or with k above 16.
+    except with `group=` and, on a GPU, beside several options, with k above 16, or in fp32 at matmul precision "high".
 
     Args:
         k, hardness, scale, seed, step: as of `hard_negatives`.

@@ -86,7 +86,7 @@ def late_interaction_loss(
     """
     check.choice("interaction", interaction, ("filip", "colbert"))
     eps = smoothing(label_smoothing, positives)
-    refuse(options.keys() - PairOptions.__annotations__)
+    refuse(sorted(options.keys() - PairOptions.__annotations__))
     directions, metrics = options.get("directions", "both"), options.get("metrics")
     unit_tokens = check.flag("normalize", options.pop("normalize", False))
     strict, finite = check.flag("strict", options.pop("strict", False)), options.get("check_finite", False)

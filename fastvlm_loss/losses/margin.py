@@ -50,8 +50,8 @@ def margin_clip_loss(
         text_embeddings: `[N, E]` of a frozen text encoder, L2-normalised as the features are; their dtype and device.
             No gradient.
         caption_embeddings: `[M, C, E]` of all captions of each image, likewise, where it has more than are texts of the
-            batch: R_ij is the largest of their cosines with text j, for C - 1 more products of M x N x E. An image with
-            fewer repeats one. None: an image stands at its own text (its label's) alone.
+            batch: R_ij is the largest of their cosines with text j, for C - 1 more products of M x N x E a pass. An
+            image with fewer repeats one. None: an image stands at its own text (its label's) alone.
         margin: m >= 0, in units of the cosine.
         threshold: a, the similarity from which on the margin shrinks; at 1 or above it never does. None takes the 70th
             percentile of the texts' cosines with one another, over up to 512 evenly spaced ones.

@@ -14,7 +14,7 @@ NOTE = "fastvlm_loss: rows with a gradient"
 
 def appended(own: Tensor, rest: Tensor) -> Tensor:
     """`[own, rest]`, and a note that nobody wants the gradient of the rest."""
-    return _noted(torch.cat([own, rest.detach()]), own.shape[0])
+    return _noted(torch.cat([own, rest.detach()]), learned_rows(own))
 
 
 def with_rows_of(made: Tensor, features: Tensor) -> Tensor:

@@ -141,14 +141,15 @@ def tokens(name: str, value: object) -> Tensor:
     return features(name, value.flatten(0, -2) if value.dim() > 2 else value)
 
 
-def sets(name: str, value: object) -> Tensor:
-    """A floating `[rows, tokens, D]` tensor."""
+def sets(name: str, value: object, axes: str = "rows, tokens, D") -> Tensor:
+    """A floating `[rows, tokens, D]` tensor, or one whose `axes` have other names."""
     if not isinstance(value, Tensor) or value.dtype not in DTYPES:
-        raise TypeError(f"{name}: got {_got(value)}, wanted a floating tensor of shape [rows, tokens, D]")
+        raise TypeError(f"{name}: got {_got(value)}, wanted a floating tensor of shape [{axes}]")
     if value.layout != torch.strided:
         raise TypeError(f"{name}: got a {value.layout} tensor, wanted a dense one")
     if value.dim() != 3 or 0 in value.shape[1:]:
-        raise ValueError(f"{name}: got {_got(value)}, wanted shape [rows, tokens, D] with a token and D >= 1")
+        some = axes.partition(", ")[2].replace(",", " and")
+        raise ValueError(f"{name}: got {_got(value)}, wanted shape [{axes}] with {some} >= 1")
     return value
 
 

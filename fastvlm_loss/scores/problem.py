@@ -246,7 +246,7 @@ class Problem:
         rows, cols = (None if limit is None else limit.flip(0) for limit in (self.row_limit, self.col_limit))
         return replace(
             self, x=self.teacher_x, y=self.teacher_y, scale=self.teacher_scale, bias=None, teacher_x=self.x,
-            teacher_y=self.y, teacher_scale=self.scale, col_bias=None, row_limit=rows, col_limit=cols,
+            teacher_y=self.y, teacher_scale=self.scale, col_bias=None, row_limit=rows, col_limit=cols, learned=None,
         )  # fmt: skip
 
     def positives(self) -> tuple[Tensor | None, Tensor | None]:
