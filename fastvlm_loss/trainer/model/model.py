@@ -165,7 +165,7 @@ class VLPretrainModel(nn.Module):
         self, run: Callable[..., Tensor], mask: Tensor, texts: tuple[Tensor, ...], others: tuple[Tensor | None, ...]
     ) -> Tensor:  # fmt: skip
         # FSDP gathers a block for each call, and all processes must gather equally often
-        sharded = isinstance(next(iter(self.text.encoder.layer), None), FSDPModule)
+        sharded = any(isinstance(block, FSDPModule) for block in self.blocks())
         return run(mask, *texts, *others) if sharded else by_length(run, mask, texts, others)
 
     def _match(self, fused: Tensor, image_features: Tensor, text_features: Tensor) -> Tensor:
