@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from trainer_cases import ALL, config, same, train, weights
+from trainer_cases import ALL, LOCAL, config, same, train, weights
 
 from fastvlm_loss.trainer.checkpoint import CheckpointError
 from fastvlm_loss.trainer.config import (
@@ -70,11 +70,11 @@ def test_every_objective_alone_learns_and_costs_nothing_else(tmp_path):
     for task in ALL:
         run = train(config(tmp_path / task, steps=3, weights={task: 1.0}))
         assert all(set(line["raw"]) == {task} for line in records(run))
-        idle = {"itc": ("fusion", "heads"), "itm": ("heads.words",), "mlm": ("heads.match",)}.get(
-            task, ("heads.match",)
-        )
+        own = {"itm": "match", **dict.fromkeys(("mlm", "caption", "vqa"), "words"), **{n: n for n in LOCAL}}.get(task)
         learns = {name for name, p in run.source.named_parameters() if p.requires_grad}
-        assert not [name for name in learns if name.startswith(idle)]
+        assert {name.split(".")[1] for name in learns if name.startswith("heads.")} == ({own} - {None})
+        assert any(name.startswith("fusion.") for name in learns) == (own in ("match", "words"))
+        assert any(name.startswith("summary.") for name in learns) == (own is not None)
 
 
 LOSSES = sorted(contrastive_losses())

@@ -15,7 +15,8 @@ from fastvlm_loss.trainer.model import FusionConfig, ImageConfig, ModelConfig, T
 from fastvlm_loss.trainer.run import Run
 from fastvlm_loss.trainer.world import World
 
-ALL = {"itc": 1.0, "itm": 1.0, "mlm": 1.0, "caption": 0.5, "vqa": 0.5}
+LOCAL = {"multiscale": 0.5, "late_interaction": 0.5}
+ALL = {"itc": 1.0, "itm": 1.0, "mlm": 1.0, "caption": 0.5, "vqa": 0.5, **LOCAL}
 
 
 def config(output, **changes):
@@ -32,6 +33,7 @@ def config(output, **changes):
             text=TextConfig(width=32, layers=1, heads=2, inner=64, positions=32),
             fusion=FusionConfig(layers=1),
             embed_dim=16,
+            local=(*LOCAL,),
         ),
         optimizer=OptimizerConfig(lr=3e-3),
         checkpoint=CheckpointConfig(every=0),

@@ -52,10 +52,14 @@ def ranks(queries: Tensor, gallery: Tensor, ids: Tensor) -> Tensor:
     found = []
     for rows in torch.split(torch.arange(len(ids)), _ROWS):
         scores = queries[rows] @ gallery.T
-        right = ids[rows, None] == ids[None, :]
-        best = scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
-        found.append((~(scores < best) & ~right).sum(1))
+        found.append(before(scores, ids[rows, None] == ids[None, :]))
     return torch.cat(found)
+
+
+def before(scores: Tensor, right: Tensor) -> Tensor:
+    """How many wrong items of each row have no lower score than its best right one, int64; a NaN counts as before."""
+    best = scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
+    return (~(scores < best) & ~right).sum(1)
 
 
 def chance(equal: Tensor, count: int) -> tuple[float, ...]:

@@ -14,6 +14,7 @@ __all__ = [
     "Config",
     "ContrastiveConfig",
     "EvaluationConfig",
+    "LocalConfig",
     "MaskedConfig",
     "MatchingConfig",
     "MomentumConfig",
@@ -22,7 +23,7 @@ __all__ = [
     "WeightingConfig",
 ]  # fmt: skip
 
-TASKS = ("itc", "itm", "mlm", "caption", "vqa")
+TASKS = ("itc", "itm", "mlm", "caption", "vqa", "multiscale", "late_interaction")
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Point = tuple[float, float]
 Weights = dict[str, float | list[Point]]
@@ -79,6 +80,21 @@ class MaskedConfig:
     whole_word: bool = False
     temperature: float = 1.0
     decay: float = 0.99
+
+
+@dataclass(frozen=True)
+class LocalConfig:
+    """Objectives of a picture's patches, for a model whose `local` names them.
+
+    Args:
+        mode: of `multiscale`, as of `fastvlm_loss.multiscale_itm`; its pairs are those of `itm`, drawn alike.
+        sharpness: of `multiscale`, likewise.
+        interaction: of `late_interaction`, as of `fastvlm_loss.late_interaction_loss`.
+    """
+
+    mode: Literal["soft", "hard", "mul"] = "soft"
+    sharpness: float = 10.0
+    interaction: Literal["filip", "colbert"] = "filip"
 
 
 @dataclass(frozen=True)
@@ -251,6 +267,7 @@ class Config:
     itc: ContrastiveConfig = field(default_factory=ContrastiveConfig)
     itm: MatchingConfig = field(default_factory=MatchingConfig)
     mlm: MaskedConfig = field(default_factory=MaskedConfig)
+    local: LocalConfig = field(default_factory=LocalConfig)
     momentum: MomentumConfig = field(default_factory=MomentumConfig)
     weighting: WeightingConfig = field(default_factory=WeightingConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -7,22 +7,26 @@ from collections.abc import Collection
 from torch import nn
 
 from .model import VLPretrainModel
+from .model.config import LOCAL
 from .stages import Stage
 
 __all__ = ["freeze", "learners", "parameters_of"]
 
 _FUSED = ("itm", "mlm", "caption", "vqa")
 _WORDS = ("mlm", "caption", "vqa")
+_HEADS = {"match": ("itm",), "words": _WORDS, **{name: (name,) for name in LOCAL}}
 
 
 def learners(model: VLPretrainModel, stage: Stage, only: Collection[str] | None = None) -> set[nn.Parameter]:
     """The parameters that a stage trains: those of its groups that its objectives, or `only` these, reach."""
     groups, tasks = model.groups(), set(stage.tasks if only is None else only)
-    idle = set() if tasks & set(_FUSED) else {"fusion", "heads"}
-    found = {p for name in stage.train if name not in idle for part in groups[name] for p in parameters_of(part)}
-    for head, users in (("match", ("itm",)), ("words", _WORDS)):
-        if not tasks & set(users):
-            found -= set(model.heads[head].parameters())
+    found = {p for name in stage.train for part in groups[name] for p in parameters_of(part)}
+    patches = {*_FUSED, *LOCAL}
+    users: dict[nn.Module, Collection[str]] = {model.fusion: _FUSED, model.bridge: patches, model.summary: patches}
+    users |= {head: _HEADS[name] for name, head in model.heads.items()}
+    for part, of in users.items():
+        if not tasks & set(of):
+            found -= set(part.parameters())
     return found - model.fixed()
 
 

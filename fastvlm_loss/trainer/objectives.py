@@ -10,9 +10,18 @@ import torch
 from torch import Tensor
 
 import fastvlm_loss
-from fastvlm_loss import BatchNegatives, caption_loss, hard_negatives, itm_batch, linear_cross_entropy, vqa_loss
+from fastvlm_loss import (
+    BatchNegatives,
+    ITMBatch,
+    caption_loss,
+    hard_negatives,
+    itm_batch,
+    linear_cross_entropy,
+    vqa_loss,
+)
 
 from ..losses import parameters
+from . import patches
 from .config import Config
 from .momentum import Teacher
 from .views import Views
@@ -83,12 +92,13 @@ class Objectives:
         losses: dict[str, Tensor] = {}
         found = Found()
         features = image["features"], text["features"][:, 0]
-        negatives = self._negatives(step, hardness) if "itm" in tasks else None
+        negatives = self._negatives(step, hardness) if {"itm", "multiscale"} & set(tasks) else None
         if "itc" in tasks:
             losses["itc"] = self._contrast(*features, scale, bias, batch, negatives, step, found)
         rows: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []  # hidden, mask, image tokens, prefix, of what is fused
         if negatives is not None:
             pairs = self._pairs(features, batch, negatives, step, found)
+        if "itm" in tasks:
             rows.append(self._gathered(image["tokens"], text["hidden"][:, 0], batch.views, pairs))
         for k in range(1, len(batch.views.names)):
             given = batch.views.inputs
@@ -96,10 +106,19 @@ class Objectives:
         if rows:
             hidden, mask, tokens, prefix = (torch.cat(parts) for parts in zip(*rows, strict=True))
             fused = self.model("fuse", hidden, mask, tokens, prefix).split([len(r[0]) for r in rows])
-            if negatives is not None:
+            if "itm" in tasks:
                 losses["itm"] = self._match(fused[0], features, pairs, found)
-            self._words(dict(zip(batch.views.names[1:], fused[negatives is not None :], strict=True)), text, batch,
+            self._words(dict(zip(batch.views.names[1:], fused["itm" in tasks :], strict=True)), text, batch,
                         vocabulary, losses, found)  # fmt: skip
+        if "multiscale" in tasks:
+            losses["multiscale"] = patches.multiscale(
+                self.model, self.config.local, self.world, image["tokens"], features[1], pairs
+            )
+        if "late_interaction" in tasks:
+            losses["late_interaction"] = patches.late_interaction(
+                self.model, self.config.local, self.world, image["tokens"], text["hidden"][:, 0],
+                batch.views.inputs["mask"][:, 0], batch.ids,
+            )  # fmt: skip
         return losses, found
 
     def _negatives(self, step: int, hardness: float) -> BatchNegatives:
@@ -131,7 +150,7 @@ class Objectives:
 
     def _pairs(
         self, features: tuple[Tensor, Tensor], batch: Batch, negatives: BatchNegatives, step: int, found: Found
-    ) -> tuple[Tensor, ...]:
+    ) -> ITMBatch:
         """This process's share of the whole batch's pairs: indices into all images and texts, labels, weights.
 
         Weights sum to the number of processes over all of them, so that the mean of the processes is the weighted mean.
@@ -151,17 +170,17 @@ class Objectives:
         weights = pairs.weights / pairs.weights.sum().clamp(min=1e-12) * self.world.size
         found.metrics["negative_score"] = picked.text_score.mean()
         whole = (pairs.image_index, pairs.text_index, pairs.labels, weights)
-        return tuple(t.tensor_split(self.world.size)[self.world.rank] for t in whole)
+        return ITMBatch(*(t.tensor_split(self.world.size)[self.world.rank] for t in whole))
 
     def _gathered(
-        self, tokens: Tensor, hidden: Tensor, views: Views, pairs: tuple[Tensor, ...]
+        self, tokens: Tensor, hidden: Tensor, views: Views, pairs: ITMBatch
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         image_index, text_index = pairs[:2]
         masks = self.world.collect(views.inputs["mask"][:, 0])[text_index]
         prefix = torch.full_like(text_index, hidden.shape[1])
         return self.world.spread(hidden)[text_index], masks, self.world.spread(tokens)[image_index], prefix
 
-    def _match(self, fused: Tensor, features: tuple[Tensor, Tensor], pairs: tuple[Tensor, ...], found: Found) -> Tensor:
+    def _match(self, fused: Tensor, features: tuple[Tensor, Tensor], pairs: ITMBatch, found: Found) -> Tensor:
         image_index, text_index, labels, weights = pairs
         image, text = (self.world.spread(side) for side in features)
         logits = self.model("match", fused, image[image_index], text[text_index])

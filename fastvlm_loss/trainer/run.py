@@ -64,7 +64,7 @@ class Run:
         self.source = model_of(config, self.tokenizer, found).to(world.device)
         self.teacher = teacher_of(config, self.source, world)
         self.learning = Learning(config.optimizer, config.steps, world.device)
-        self.weighting = Weighting(config.weighting).to(world.device)
+        self.weighting = Weighting(config.weighting, self.tasks).to(world.device)
         self.masker = masker_of(config, self.tokenizer, self.stages)
         self.stage: Stage | None = None
         self.model: nn.Module = self.source
@@ -73,6 +73,11 @@ class Run:
             self.learning.since = meta["since"]
             self._enter(self._stage_at(self.step - 1))
             self._restore(found, meta)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The objectives of all stages."""
+        return tuple(dict.fromkeys(task for stage in self.stages for task in stage.tasks))
 
     def train(self, stopped: Callable[[], bool] = lambda: False) -> Evaluation | None:
         """Train to the end, and evaluate; None where `stopped()` in any process ended it before, after saving."""
@@ -121,9 +126,8 @@ class Run:
         """
         if not self.step:
             raise CheckpointError(f"output: got {self.folder} without a checkpoint, wanted one to evaluate")
-        tasks = tuple(dict.fromkeys(task for stage in self.stages for task in stage.tasks))
         held = self.data.held(self.config.evaluation.limit)
-        return evaluate(self.model, self.tokenizer, held, self.config, self.world.device, self.precision, tasks)
+        return evaluate(self.model, self.tokenizer, held, self.config, self.world.device, self.precision, self.tasks)
 
     def save(self) -> Path:
         """Write a checkpoint, and keep it as the best if it is."""
@@ -242,8 +246,7 @@ class Run:
         """That the data has what the objectives need, and is what the run began with."""
         if meta and meta["data"] != self._fingerprint():
             raise CheckpointError("data.sources: got other captions than the run began with, wanted the same pairs")
-        asked = any("vqa" in stage.tasks for stage in self.stages)
-        if asked and not (self.config.data.questions and self.data.answers):
+        if "vqa" in self.tasks and not (self.config.data.questions and self.data.answers):
             raise ValueError(
                 f"weights.vqa: got an objective of questions beside data.questions={self.config.data.questions} and "
                 f"{len(self.data.answers)} answers in the data, wanted data.questions=true and a source with questions"

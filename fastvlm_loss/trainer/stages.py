@@ -7,26 +7,28 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from .config import TASKS, Config, StageConfig, Weights
+from .model.config import LOCAL
 
 __all__ = ["GROUPS", "PRESETS", "Stage", "boundaries", "stages_of"]
 
 GROUPS = ("vision", "text", "fusion", "projection", "heads", "scale")
 _NEW = ("text", "fusion", "projection", "heads", "scale")
 _CONTRAST: Weights = {"itc": 1.0}
-_ALL: Weights = {"itc": 1.0, "itm": 1.0, "mlm": 1.0}
+_ALL: Weights = {"itc": 1.0, "itm": 1.0, "mlm": 1.0, "multiscale": 1.0, "late_interaction": 1.0}
+_EVERY: Weights = {**_ALL, "caption": 1.0, "vqa": 1.0}
 PRESETS: dict[str, tuple[StageConfig, ...]] = {
-    "single": (StageConfig("all", 1.0, {**_ALL, "caption": 1.0, "vqa": 1.0}),),
+    "single": (StageConfig("all", 1.0, _EVERY),),
     # contrast first, without the language side (its projection learns, or nothing could); then matching and words on
     # top of frozen pictures; then everything
     "30/50/20": (
         StageConfig("contrast", 0.3, _CONTRAST, ("vision", "text", "projection", "scale")),
         StageConfig("fusion", 0.5, _ALL, _NEW),
-        StageConfig("tasks", 0.2, {**_ALL, "caption": 1.0, "vqa": 1.0}),
+        StageConfig("tasks", 0.2, _EVERY),
     ),
     "80/15/5": (
         StageConfig("contrast", 0.8, _CONTRAST, ("vision", "text", "projection", "scale")),
         StageConfig("fusion", 0.15, _ALL),
-        StageConfig("tasks", 0.05, {**_ALL, "caption": 1.0, "vqa": 1.0}),
+        StageConfig("tasks", 0.05, _EVERY),
     ),
 }
 
@@ -91,6 +93,9 @@ def stages_of(config: Config) -> tuple[Stage, ...]:
     found = tuple(Stage(stage, start, end, factors) for stage, start, end in zip(given, (0, *ends), ends, strict=False))
     for k, stage in enumerate(found):
         _check(f"stages[{k}]", stage)
+        for name in set(LOCAL).difference(config.model.local).intersection(stage.tasks):
+            local = list(config.model.local)
+            raise ValueError(f"weights.{name}: got an objective of patches beside model.local={local}, wanted it there")
     return found
 
 

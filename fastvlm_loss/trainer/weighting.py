@@ -12,8 +12,8 @@ from .config import TASKS, WeightingConfig
 __all__ = ["CURRICULUM", "Weighting"]
 
 CURRICULUM: tuple[dict[str, float], ...] = (
-    {"itc": 1.0, "itm": 0.1, "mlm": 0.1},
-    {"itc": 1.0, "itm": 1.0, "mlm": 0.5},
+    {"itc": 1.0, "itm": 0.1, "mlm": 0.1, "multiscale": 0.1},
+    {"itc": 1.0, "itm": 1.0, "mlm": 0.5, "multiscale": 1.0},
     {},
 )
 _LIMIT = 10.0  # of a log variance
@@ -34,26 +34,26 @@ class Weighting(nn.Module):
     first: Tensor
     balance: Tensor
 
-    def __init__(self, config: WeightingConfig) -> None:
+    def __init__(self, config: WeightingConfig, tasks: Sequence[str] = TASKS) -> None:
         super().__init__()
-        self.config = config
-        self.log_variance = nn.Parameter(torch.zeros(len(TASKS))) if config.kind == "uncertainty" else None
-        self.register_buffer("smoothed", torch.full((len(TASKS),), torch.nan))
-        self.register_buffer("first", torch.full((len(TASKS),), torch.nan))
-        self.register_buffer("balance", torch.ones(len(TASKS)))
+        self.config, self.tasks = config, tuple(tasks)
+        self.log_variance = nn.Parameter(torch.zeros(len(self.tasks))) if config.kind == "uncertainty" else None
+        self.register_buffer("smoothed", torch.full((len(self.tasks),), torch.nan))
+        self.register_buffer("first", torch.full((len(self.tasks),), torch.nan))
+        self.register_buffer("balance", torch.ones(len(self.tasks)))
 
     @torch.no_grad()
     def observe(self, losses: Mapping[str, Tensor]) -> None:
         """Take note of this step's raw losses, the mean over all processes, before `factors` of the step."""
         for task, loss in losses.items():
-            k, value = TASKS.index(task), loss.detach().float()
+            k, value = self.tasks.index(task), loss.detach().float()
             d = self.config.decay
             self.smoothed[k] = torch.where(self.smoothed[k].isnan(), value, d * self.smoothed[k] + (1 - d) * value)
             self.first[k] = torch.where(self.first[k].isnan(), value, self.first[k])
 
     def factors(self, tasks: Sequence[str], share: float) -> dict[str, Tensor]:
         """What each raw loss counts, `share` of the run being done; a tensor with a gradient where it is learned."""
-        kind, index = self.config.kind, [TASKS.index(t) for t in tasks]
+        kind, index = self.config.kind, [self.tasks.index(t) for t in tasks]
         if kind == "inverse":
             known = self.smoothed[index]
             if bool(known.isnan().any()):  # the first step of an objective
@@ -73,12 +73,12 @@ class Weighting(nn.Module):
         """What `uncertainty` adds to the loss: sum s_k / 2."""
         if self.log_variance is None:
             return None
-        return self.log_variance[[TASKS.index(t) for t in tasks]].clamp(-_LIMIT, _LIMIT).sum() / 2
+        return self.log_variance[[self.tasks.index(t) for t in tasks]].clamp(-_LIMIT, _LIMIT).sum() / 2
 
     @torch.no_grad()
     def rebalance(self, norms: Mapping[str, Tensor]) -> None:
         """A step of GradNorm, from the norms of the weighted objectives' gradients at the shared features."""
-        index = [TASKS.index(t) for t in norms]
+        index = [self.tasks.index(t) for t in norms]
         g = torch.stack([n.float() for n in norms.values()])
         pace = self.smoothed[index] / self.first[index].clamp(min=1e-12)
         target = g.mean() * (pace / pace.mean()) ** self.config.power

@@ -19,6 +19,7 @@ from .captions import Caption, captions, some_captions
 from .held import Held, encode
 from .looking import Look, Picks, looks, picks
 from .matching import hard, near
+from .patches import late_interaction, multiscale
 from .questions import Answer, questions, some_answers
 from .retrieval import Ranking, guessed, rank, recalls, rerank
 from .titles import table
@@ -75,7 +76,8 @@ def evaluate(
         model: a `VLPretrainModel`, wrapped or not; it is called as `model(part, ...)` alone.
         precision: `fp32`, `bf16` or `fp16`, of autocast.
         tasks: the run's objectives: `itc` is judged by retrieval and zero-shot classification, `itm` by re-ranking and
-            matching, `mlm` by masked words, `caption` and `vqa` by what the model writes.
+            matching, `multiscale` by matching, `late_interaction` by retrieval of its own, `mlm` by masked words,
+            `caption` and `vqa` by what the model writes.
     """
     if not held:
         return Evaluation({}, config)
@@ -92,6 +94,10 @@ def evaluate(
             figures |= zeroshot(found, data)
         if "itm" in tasks:
             figures |= {**hard(found, config.batch_size), **near(found)}
+        if "multiscale" in tasks:
+            figures |= multiscale(found, config.batch_size, config.local)
+        if "late_interaction" in tasks:
+            figures |= late_interaction(found, config.local)
         if "mlm" in tasks:
             figures |= words(found, seed)
         if "caption" in tasks:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...demo.evaluation import KS, chance, ranks
+from ...demo.evaluation import KS, before, chance, ranks
 from .held import ROWS, Held
 
 __all__ = ["Ranking", "rank", "recalls", "rerank"]
@@ -39,7 +39,7 @@ def rank(held: Held, shown: int) -> dict[str, Ranking]:
     return found
 
 
-def rerank(held: Held, before: dict[str, Ranking], k: int, logit_scale: Tensor) -> dict[str, Ranking]:
+def rerank(held: Held, first: dict[str, Ranking], k: int, logit_scale: Tensor) -> dict[str, Ranking]:
     """The `k` best candidates of each query by both judges, score plus match logit; those beyond keep their places.
 
     The match logit alone forgets what the features know: it was learned on pairs that they find alike.
@@ -47,22 +47,21 @@ def rerank(held: Held, before: dict[str, Ranking], k: int, logit_scale: Tensor) 
     Source: Li et al. 2022 (BLIP), whose retrieval code adds the two, unscaled.
     """
     features, texts = held.features.float().cpu(), held.texts.features.float().cpu()
-    candidates = {way: before[way].order[:, :k] for way in WAYS}
+    candidates = {way: first[way].order[:, :k] for way in WAYS}
     queries = torch.arange(len(held))[:, None]
     image = torch.stack([queries.expand_as(candidates["i2t"]), candidates["t2i"]])
     text = torch.stack([candidates["i2t"], queries.expand_as(candidates["t2i"])])
     scores = held.match(image, text) + logit_scale.cpu() * (features[image] * texts[text]).sum(-1)
     found = dict(zip(WAYS, scores, strict=True))
-    return {way: reordered(before[way].ranks, candidates[way], found[way], held.ids) for way in WAYS}
+    return {way: reordered(first[way].ranks, candidates[way], found[way], held.ids) for way in WAYS}
 
 
-def reordered(before: Tensor, candidates: Tensor, scores: Tensor, ids: Tensor) -> Ranking:
+def reordered(first: Tensor, candidates: Tensor, scores: Tensor, ids: Tensor) -> Ranking:
     """Candidates int64 `[N, k]` by scores `[N, k]`; a right one level with a wrong one, or NaN, stands behind it."""
     right = ids[candidates] == ids[:, None]
-    best = scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
-    wrong = (~(scores < best) & ~right).sum(1)
+    wrong = before(scores, right)
     order = candidates.gather(1, scores.argsort(dim=1, descending=True, stable=True))
-    return Ranking(torch.where(right.any(1), wrong, before), order)
+    return Ranking(torch.where(right.any(1), wrong, first), order)
 
 
 def recalls(found: dict[str, Ranking], prefix: str) -> dict[str, float]:

@@ -14,6 +14,8 @@ _RECALLS = (
     ("text to image", "retrieval/t2i_r{}"),
     ("image to text, re-ranked", "rerank/i2t_r{}"),
     ("text to image, re-ranked", "rerank/t2i_r{}"),
+    ("image to text, late interaction", "late_interaction/i2t_r{}"),
+    ("text to image, late interaction", "late_interaction/t2i_r{}"),
     ("chance", "retrieval/chance_r{}"),
 )
 # the figures that a report follows over the steps
@@ -22,6 +24,8 @@ OVER_STEPS = {
     "rerank/r10": "R@10, re-ranked",
     "zeroshot/accuracy": "zero-shot",
     "itm/accuracy_hard": "matching, hard",
+    "late_interaction/r10": "R@10, late interaction",
+    "multiscale/accuracy_hard": "multi-scale matching, hard",
     "mlm/accuracy": "masked words",
     "mlm/accuracy_blind": "masked words, blind",
     "caption/token_accuracy": "caption tokens",
@@ -35,6 +39,7 @@ _OTHERS: tuple[tuple[str, str, str | float | None, str], ...] = (
     ("zeroshot/shape", "zero-shot, shape", "zeroshot/chance", "chance"),
     ("itm/accuracy_hard", "matching, hardest negatives", 50.0, "chance"),
     ("itm/accuracy_distractors", "matching, caption against distractor", 50.0, "chance"),
+    ("multiscale/accuracy_hard", "multi-scale matching, hardest negatives", 50.0, "chance"),
     ("mlm/accuracy", "masked object words", "mlm/accuracy_blind", "without the picture"),
     ("mlm/gain", "masked object words, gain by the picture", None, ""),
     ("caption/token_accuracy", "captions, tokens", None, ""),
@@ -50,7 +55,10 @@ def recall_lines(figures: Mapping[str, float]) -> list[Line]:
 
 def other_lines(figures: Mapping[str, float]) -> list[tuple[str, float, str]]:
     """Title, value, and what stands beside it, of all other figures; unknown ones under their own names."""
-    found, known = [], {name.format(k) for _, name in _RECALLS for k in KS} | {"retrieval/r10", "rerank/r10"}
+    found: list[tuple[str, float, str]] = []
+    known = {name.format(k) for _, name in _RECALLS for k in KS} | {
+        name for name in OVER_STEPS if name.endswith("/r10")
+    }
     for name, title, beside, what in _OTHERS:
         other = figures.get(beside) if isinstance(beside, str) else beside
         known |= {name, str(beside)}

@@ -14,6 +14,7 @@ __all__ = [
 ]  # fmt: skip
 
 SOURCES = ("tiny", "timm", "open_clip")
+LOCAL = ("multiscale", "late_interaction")
 
 
 class Tokens(Protocol):
@@ -190,6 +191,7 @@ class ModelConfig:
     Args:
         embed_dim: D of the contrastive features.
         logit_bias: what a trained bias of the scores begins with (the sigmoid loss: -10); None for no such parameter.
+        local: heads for objectives of the patches, out of `multiscale` and `late_interaction`.
     """
 
     image: ImageConfig = field(default_factory=ImageConfig)
@@ -197,8 +199,11 @@ class ModelConfig:
     fusion: FusionConfig = field(default_factory=FusionConfig)
     embed_dim: int = 128
     logit_bias: float | None = None
+    local: tuple[Literal["multiscale", "late_interaction"], ...] = ()
 
     def __post_init__(self) -> None:
+        for name in self.local:
+            check.choice("local", name, LOCAL)
         check.whole("embed_dim", self.embed_dim, low=1)
         if self.logit_bias is not None:
             check.number("logit_bias", self.logit_bias)

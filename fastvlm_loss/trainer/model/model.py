@@ -15,14 +15,15 @@ from torch.nn import functional as F
 
 from ...heads import MatchingHead
 from ...scores import check
-from .config import ModelConfig, Tokens, Vocabulary
+from .config import LOCAL, ModelConfig, Tokens, Vocabulary
 from .image import ImageTower, image_tower
 from .lengths import by_length
+from .local import LateInteraction, local_heads
 from .text import Encoder, FusionEncoder, TextTower, VocabularyHead, add_adapters, visible
 
 __all__ = ["PARTS", "VLPretrainModel"]
 
-PARTS = ("image", "text", "fuse", "match", "words", "vocabulary")
+PARTS = ("image", "text", "fuse", "match", "words", "vocabulary", *LOCAL)
 MAX_LOG_SCALE = math.log(100)
 
 
@@ -70,6 +71,9 @@ class VLPretrainModel(nn.Module):
     - `model("match", fused [n, T, W], image_features [n, D], text_features [n, D])` gives logits fp32 [n, 2], class 1
       a match;
     - `model("words", rows [r, W])` gives [r, W], the rows that `linear_cross_entropy` compares with the vocabulary;
+    - `model("multiscale", image_tokens)` gives `patches` fp32 [B, P, D] of length one, and `scale` and `bias` [1], and
+      `model("late_interaction", image_tokens, hidden)` gives `patches` and `words` fp32 [B, T, D] of length one, and
+      `scale` [1], for models whose config's `local` names them;
     - `model("vocabulary")` or `model.vocabulary()` gives its weight [V, W], tied to the embeddings, and bias [V].
 
     Parameters are fp32; call it under autocast for bf16 products. The features are made and normalised in fp32.
@@ -99,6 +103,7 @@ class VLPretrainModel(nn.Module):
         self.heads = nn.ModuleDict(
             {"match": Match(width, config.embed_dim), "words": VocabularyHead(config.text, self.words)}
         )
+        self.heads.update(local_heads(config.local, width, config.embed_dim))
         self.temperature = Temperature(config.logit_bias)
         for name, lora in (("text", config.text.lora), ("fusion", config.fusion.lora)):
             if lora is not None:
@@ -172,6 +177,18 @@ class VLPretrainModel(nn.Module):
         pair = check.features("image_features", image_features), check.features("text_features", text_features)
         return self._exact(self.heads["match"], check.sets("fused", fused)[:, 0], *pair)
 
+    def _multiscale(self, image_tokens: Tensor) -> dict[str, Tensor]:
+        return self._local("multiscale", image_tokens)
+
+    def _late_interaction(self, image_tokens: Tensor, hidden: Tensor) -> dict[str, Tensor]:
+        return self._local("late_interaction", image_tokens, hidden)
+
+    def _local(self, name: str, *sets: Tensor) -> dict[str, Tensor]:
+        if name not in self.config.local:
+            raise ValueError(f"part: got {name!r}, wanted a model with local = ({name!r},)")
+        made: dict[str, Tensor] = self.heads[name](*(check.sets("tokens", given) for given in sets))
+        return made
+
     def _words(self, rows: Tensor) -> Tensor:
         out: Tensor = self.heads["words"](check.features("rows", rows))
         return out
@@ -215,6 +232,8 @@ class VLPretrainModel(nn.Module):
     def clamp_logit_scale(self) -> None:
         """Keep the scale in [1, 100]; called after each step, since a clamp in forward would stop the gradient."""
         self.temperature.log_scale.clamp_(0, MAX_LOG_SCALE)
+        if "late_interaction" in self.config.local:
+            cast(LateInteraction, self.heads["late_interaction"]).log_scale.clamp_(0, MAX_LOG_SCALE)
 
     def groups(self) -> dict[str, list[nn.Module]]:
         """Modules by the names that stages freeze by; together every parameter, each once."""

@@ -15,8 +15,14 @@ from ..evaluation.titles import OVER_STEPS
 
 __all__ = ["bands", "course", "judged", "losses"]
 
-COLOURS = {"itc": OURS, "itm": "#d97706", "mlm": RIGHT, "caption": "#a626a4", "vqa": "#cf222e"}
-NAMES = {"itc": "contrast", "itm": "matching", "mlm": "masked words", "caption": "captions", "vqa": "questions"}
+COLOURS = {
+    "itc": OURS, "itm": "#d97706", "mlm": RIGHT, "caption": "#a626a4", "vqa": "#cf222e", "multiscale": "#0e7490",
+    "late_interaction": "#6b7280",
+}  # fmt: skip
+NAMES = {
+    "itc": "contrast", "itm": "matching", "mlm": "masked words", "caption": "captions", "vqa": "questions",
+    "multiscale": "multi-scale matching", "late_interaction": "late interaction",
+}  # fmt: skip
 _SHARES = {"accuracy": "contrast, image to text", "matching": "matching"}
 _BANDS = ("#f6f8fa", "#e6edf5")
 _COLUMNS = 3
