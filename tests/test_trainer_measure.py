@@ -28,7 +28,7 @@ def config():
     small = trainer_cases.config("unused", weights={"itc": 1.0, "itm": 1.0, "mlm": 1.0})
     model = small.model
     text, fusion = replace(model.text, dropout=0.1), replace(model.fusion, dropout=0.1)
-    return replace(small, model=replace(model, text=text, fusion=fusion))
+    return replace(small, model=replace(model, text=text, fusion=fusion, local=()))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -208,7 +208,7 @@ def test_the_scale_is_clamped_in_place():
 TOKENS, MASK = texts([4, 3])
 HIDDEN = torch.zeros(2, 4, 32)
 ERRORS = [
-    (("picture",), "part: got 'picture', wanted one of 'image', 'text', 'fuse', 'match', 'words', 'vocabulary'"),
+    (("picture",), "part: got 'picture', wanted one of 'image', 'text', 'fuse', 'match', 'words', 'answers'"),
     (("image", torch.zeros(2, 32, 31, 3)), r"images: got .*\[2, 32, 31, 3\], wanted shape \[2, 32, 32, 3\]"),
     (("image", torch.zeros(2, 32, 32, 3)), "images: got torch.float32, wanted uint8"),
     (("text", TOKENS.float(), MASK), "tokens: got a float32 .*, wanted an int64"),

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from .config import Config, Precision
+from .data import Data
 from .masking import Masker
 from .model import VLPretrainModel
 from .momentum import Teacher
-from .stages import Stage
+from .stages import Stage, stages_of
 from .step import number
 from .text import Tokenizer
 from .world import World
@@ -44,19 +46,25 @@ def precision_of(config: Config, world: World) -> Precision:
     return kind
 
 
-def model_of(config: Config, tokenizer: Tokenizer, checkpoint: Path | None) -> VLPretrainModel:
-    """A fresh model, the same in every process, or a checkpoint's."""
+def model_of(config: Config, data: Data, checkpoint: Path | None) -> VLPretrainModel:
+    """A fresh model for this data, the same in every process, or a checkpoint's."""
     if checkpoint is not None:
         model = VLPretrainModel.load(checkpoint)
     else:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(number(config.seed, 0, 0, "weights"))
-            model = VLPretrainModel.from_pretrained(config.model, tokenizer)
+            chosen = replace(config.model, answers=tuple(data.answers)) if _chooses(config) else config.model
+            model = VLPretrainModel.from_pretrained(chosen, data.tokenizer)
         start = config.itc.log_scale if config.itc.log_scale is not None else _LOG_SCALE.get(config.itc.loss)
         if start is not None:
             nn.init.constant_(model.log_scale, start)
     model.prepare(checkpointing=config.checkpointing, compile=config.compile)
     return model
+
+
+def _chooses(config: Config) -> bool:
+    """Whether questions are answered by a choice."""
+    return config.vqa.kind == "classification" and any("vqa" in stage.tasks for stage in stages_of(config))
 
 
 def teacher_of(config: Config, model: VLPretrainModel, world: World) -> Teacher | None:

@@ -19,6 +19,7 @@ __all__ = [
     "MatchingConfig",
     "MomentumConfig",
     "OptimizerConfig",
+    "QuestionConfig",
     "StageConfig",
     "WeightingConfig",
 ]  # fmt: skip
@@ -95,6 +96,18 @@ class LocalConfig:
     mode: Literal["soft", "hard", "mul"] = "soft"
     sharpness: float = 10.0
     interaction: Literal["filip", "colbert"] = "filip"
+
+
+@dataclass(frozen=True)
+class QuestionConfig:
+    """Question answering.
+
+    Args:
+        kind: `generative` writes the answer word by word (ALBEF, BLIP); `classification` chooses among all answers of
+            the training questions, by a sigmoid each (LXMERT, VQAv2's 3129).
+    """
+
+    kind: Literal["generative", "classification"] = "generative"
 
 
 @dataclass(frozen=True)
@@ -267,6 +280,7 @@ class Config:
     itc: ContrastiveConfig = field(default_factory=ContrastiveConfig)
     itm: MatchingConfig = field(default_factory=MatchingConfig)
     mlm: MaskedConfig = field(default_factory=MaskedConfig)
+    vqa: QuestionConfig = field(default_factory=QuestionConfig)
     local: LocalConfig = field(default_factory=LocalConfig)
     momentum: MomentumConfig = field(default_factory=MomentumConfig)
     weighting: WeightingConfig = field(default_factory=WeightingConfig)

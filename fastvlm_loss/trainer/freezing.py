@@ -13,8 +13,7 @@ from .stages import Stage
 __all__ = ["freeze", "learners", "parameters_of"]
 
 _FUSED = ("itm", "mlm", "caption", "vqa")
-_WORDS = ("mlm", "caption", "vqa")
-_HEADS = {"match": ("itm",), "words": _WORDS, **{name: (name,) for name in LOCAL}}
+_HEADS = {"match": ("itm",), "answers": ("vqa",), **{name: (name,) for name in LOCAL}}
 
 
 def learners(model: VLPretrainModel, stage: Stage, only: Collection[str] | None = None) -> set[nn.Parameter]:
@@ -23,7 +22,8 @@ def learners(model: VLPretrainModel, stage: Stage, only: Collection[str] | None 
     found = {p for name in stage.train for part in groups[name] for p in parameters_of(part)}
     patches = {*_FUSED, *LOCAL}
     users: dict[nn.Module, Collection[str]] = {model.fusion: _FUSED, model.bridge: patches, model.summary: patches}
-    users |= {head: _HEADS[name] for name, head in model.heads.items()}
+    heads = {**_HEADS, "words": ("mlm", "caption", *(() if model.config.answers else ("vqa",)))}
+    users |= {head: heads[name] for name, head in model.heads.items()}
     for part, of in users.items():
         if not tasks & set(of):
             found -= set(part.parameters())

@@ -72,7 +72,7 @@ class Trial:
 
     def __init__(self, row: Row, config: Config, data: Data, world: World) -> None:
         changed, self.stage = row.of(config)
-        self.model = model = model_of(changed, data.tokenizer, None).to(world.device)
+        self.model = model = model_of(changed, data, None).to(world.device)
         teacher = teacher_of(changed, model, world)
         if row.prefix:
             _without_graph(model)

@@ -10,20 +10,13 @@ import torch
 from torch import Tensor
 
 import fastvlm_loss
-from fastvlm_loss import (
-    BatchNegatives,
-    ITMBatch,
-    caption_loss,
-    hard_negatives,
-    itm_batch,
-    linear_cross_entropy,
-    vqa_loss,
-)
+from fastvlm_loss import BatchNegatives, ITMBatch, hard_negatives, itm_batch
 
 from ..losses import parameters
 from . import patches
 from .config import Config
 from .momentum import Teacher
+from .reading import Reading
 from .views import Views
 from .world import World
 
@@ -81,8 +74,9 @@ class Objectives:
     """Raw losses by objective; the mean of each over the processes is the loss of the whole batch."""
 
     def __init__(self, config: Config, model: Model, world: World, pad_id: int, teacher: Teacher | None) -> None:
-        self.config, self.model, self.world, self.pad_id, self.teacher = config, model, world, pad_id, teacher
+        self.config, self.model, self.world, self.teacher = config, model, world, teacher
         self.loss, self.takes = contrastive_loss(config)
+        self.reading = Reading(config, model, world, pad_id)
 
     def __call__(
         self, image: Mapping[str, Tensor], text: Mapping[str, Tensor], batch: Batch, tasks: Sequence[str], step: int,
@@ -108,8 +102,10 @@ class Objectives:
             fused = self.model("fuse", hidden, mask, tokens, prefix).split([len(r[0]) for r in rows])
             if "itm" in tasks:
                 losses["itm"] = self._match(fused[0], features, pairs, found)
-            self._words(dict(zip(batch.views.names[1:], fused["itm" in tasks :], strict=True)), text, batch,
-                        vocabulary, losses, found)  # fmt: skip
+            read = dict(zip(batch.views.names[1:], fused["itm" in tasks :], strict=True))
+            losses |= self.reading(read, batch.views, batch.question, vocabulary)
+            if "masked" in read and self.config.mlm.strategy == "hard":
+                found.masked_difference = self.reading.worth(read["masked"], text["hidden"], batch.views, vocabulary)
         if "multiscale" in tasks:
             losses["multiscale"] = patches.multiscale(
                 self.model, self.config.local, self.world, image["tokens"], features[1], pairs
@@ -186,51 +182,3 @@ class Objectives:
         logits = self.model("match", fused, image[image_index], text[text_index])
         found.metrics["matching"] = (weights * (logits.argmax(1) == labels)).sum()
         return fastvlm_loss.itm_loss(logits, labels, weights, reduction="sum")
-
-    def _words(
-        self, fused: Mapping[str, Tensor], text: Mapping[str, Tensor], batch: Batch, vocabulary: tuple[Tensor, Tensor],
-        losses: dict[str, Tensor], found: Found,
-    ) -> None:  # fmt: skip
-        """Losses over the vocabulary; all words that are predicted pass through the head together."""
-        if not fused:
-            return
-        group, tokens = self.world.group, batch.views.inputs["tokens"]
-        if "masked" in fused:
-            labels = batch.views.labels
-            assert labels is not None
-            place = labels >= 0
-            rows, targets = self.model("words", fused["masked"][place]), labels[place]
-            losses["mlm"] = linear_cross_entropy(rows, vocabulary[0], targets, vocabulary[1], group=group)
-            if self.config.mlm.strategy == "hard":
-                found.masked_difference = self._worth(text, batch, rows, targets, place, vocabulary)
-        if "caption" in fused:
-            hidden = self._read(fused["caption"])
-            own = tokens[:, batch.views.at("caption")]
-            losses["caption"] = caption_loss(hidden, vocabulary[0], own, vocabulary[1], pad_id=self.pad_id, group=group)
-        if "question" in fused:
-            assert batch.question is not None
-            hidden = self._read(fused["question"])
-            losses["vqa"] = vqa_loss(
-                hidden, vocabulary[0], tokens[:, batch.views.at("question")], batch.question["weight"],
-                max(1, len(hidden)), vocabulary[1], pad_id=self.pad_id,
-                prompt_lengths=batch.question["prompt_lengths"], group=group,
-            )  # fmt: skip
-
-    def _read(self, fused: Tensor) -> Tensor:
-        rows: Tensor = self.model("words", fused.flatten(0, 1))
-        return rows.reshape(fused.shape)
-
-    @torch.no_grad()
-    def _worth(
-        self, text: Mapping[str, Tensor], batch: Batch, rows: Tensor, targets: Tensor, place: Tensor,
-        vocabulary: tuple[Tensor, Tensor],
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Loss without the image less loss with it, of each masked token."""
-        k, given = batch.views.at("masked"), batch.views.inputs
-        blind = self.model("fuse", text["hidden"][:, k].detach(), given["mask"][:, k], None, given["prefix"][:, k])
-        blind = self.model("words", blind[place])
-        without, with_image = (
-            linear_cross_entropy(r.detach(), vocabulary[0].detach(), targets, vocabulary[1].detach(), reduction="none")
-            for r in (blind, rows)
-        )
-        return targets, without - with_image

@@ -61,7 +61,7 @@ class Run:
         self.data = Data.open(config.data, config.seed, vocabulary)
         self._check(meta)
         self.tokenizer = self.data.tokenizer
-        self.source = model_of(config, self.tokenizer, found).to(world.device)
+        self.source = model_of(config, self.data, found).to(world.device)
         self.teacher = teacher_of(config, self.source, world)
         self.learning = Learning(config.optimizer, config.steps, world.device)
         self.weighting = Weighting(config.weighting, self.tasks).to(world.device)
@@ -162,7 +162,7 @@ class Run:
         if self.stage is not None and world.size > 1 and config.strategy != "ddp":
             # FSDP fixes what learns when it shards: shard a fresh model
             weights = full_state(self.model)
-            self.source = model_of(config, self.tokenizer, None).to(world.device)
+            self.source = model_of(config, self.data, None).to(world.device)
             freeze(self.source, stage)
             self.model = wrap(self.source, self.source.blocks(), config.strategy, world)
             options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)

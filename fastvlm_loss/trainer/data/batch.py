@@ -33,13 +33,14 @@ class Collator:
 
     def __init__(
         self, tokenizer: Tokenizer, kinds: WordKinds, length: int, question_length: int, questions: bool = False,
-        full: bool = False,
+        full: bool = False, answers: Sequence[str] = (),
     ) -> None:  # fmt: skip
         for name, value, low in (("context_length", length, 3), ("question_length", question_length, 5)):
             if value < low:
                 raise ValueError(f"{name}: got {value}, wanted at least {low}")
         self.tokenizer, self.kinds = tokenizer, kinds
         self.length, self.question_length, self.questions, self.full = length, question_length, questions, full
+        self.place = {answer: k for k, answer in enumerate(answers)}
 
     def __call__(self, rows: Sequence[Row]) -> Batch:
         """A batch as ``fastvlm_loss.trainer.data`` describes it; pictures stay uint8 [B, H, W, 3]."""
@@ -79,8 +80,9 @@ class Collator:
     def question(self, questions: Sequence[tuple[str, str] | None]) -> dict[str, Tensor]:
         """``[CLS] question [SEP] answer [SEP]``; the question is cut so that the answer fits.
 
-        ``prompt_lengths`` counts up to the first [SEP], ``answer`` is the answer's first token, ``weight`` is 0 for
-        a sample without a question (its row is ``[CLS] [SEP] [SEP]``).
+        ``prompt_lengths`` counts up to the first [SEP], ``answer`` is the answer's first token, ``choice`` its place
+        among the answers to choose from, -1 for none, ``weight`` is 0 for a sample without a question (its row is
+        ``[CLS] [SEP] [SEP]``).
         """
         rows, prompts, answers = [], [], []
         cls, sep = self.tokenizer.cls_id, self.tokenizer.sep_id
@@ -94,6 +96,7 @@ class Collator:
             **self._frame(rows, self.question_length),
             "prompt_lengths": torch.tensor(prompts, dtype=torch.int64),
             "answer": torch.tensor(answers, dtype=torch.int64),
+            "choice": torch.tensor([self.place.get(q[1], -1) if q else -1 for q in questions], dtype=torch.int64),
             "weight": torch.tensor([float(asked is not None) for asked in questions]),
         }
 

@@ -58,7 +58,7 @@ class Data:
         chosen = WordVocabulary.from_texts(texts, config.max_words) if tokenizer is None else tokenizer
         skipped = [skip for opened in sources for skip in opened.skipped]
         lengths = config.context_length, config.question_length
-        collate = Collator(chosen, kinds, *lengths, config.questions, config.full_length)
+        collate = Collator(chosen, kinds, *lengths, config.questions, config.full_length, sorted(answers))
         return cls(config, seed, sources, chosen, collate, sorted(answers), skipped)
 
     @property

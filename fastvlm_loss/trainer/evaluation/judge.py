@@ -13,6 +13,7 @@ from ..config import Config
 from ..data.batch import Collator
 from ..data.samples import Sample
 from ..data.words import WordKinds
+from ..parallel import unwrapped
 from ..step import autocast, logit_scale
 from ..text import Tokenizer
 from .captions import Caption, captions, some_captions
@@ -89,6 +90,7 @@ def evaluate(
     with _judged(model), autocast(device, precision):
         found = encode(model, tokenizer, collate, held, device)
         shown = _spread(len(found))
+        choices = unwrapped(model).config.answers if config.vqa.kind == "classification" else ()
         figures, rankings = _ranked(found, config, tasks)
         if "itc" in tasks:
             figures |= zeroshot(found, data)
@@ -103,14 +105,14 @@ def evaluate(
         if "caption" in tasks:
             figures |= captions(found)
         if "vqa" in tasks:
-            figures |= questions(found)
+            figures |= questions(found, choices)
         return Evaluation(
             figures, config, held, found.ids, found.features.float().cpu(), found.texts.features.float().cpu(),
             rankings,
             picks(found, shown, config.batch_size, seed) if {"itc", "itm"} & set(tasks) else None,
             looks(found, shown, seed) if "mlm" in tasks else [],
             some_captions(found, shown, seed) if "caption" in tasks else [],
-            some_answers(found, shown) if "vqa" in tasks else [],
+            some_answers(found, shown, choices) if "vqa" in tasks else [],
         )  # fmt: skip
 
 

@@ -192,6 +192,7 @@ class ModelConfig:
         embed_dim: D of the contrastive features.
         logit_bias: what a trained bias of the scores begins with (the sigmoid loss: -10); None for no such parameter.
         local: heads for objectives of the patches, out of `multiscale` and `late_interaction`.
+        answers: what a head for questions chooses from; none: answers are written. The trainer fills it in.
     """
 
     image: ImageConfig = field(default_factory=ImageConfig)
@@ -200,6 +201,7 @@ class ModelConfig:
     embed_dim: int = 128
     logit_bias: float | None = None
     local: tuple[Literal["multiscale", "late_interaction"], ...] = ()
+    answers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in self.local:

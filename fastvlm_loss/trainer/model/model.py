@@ -23,7 +23,7 @@ from .text import Encoder, FusionEncoder, TextTower, VocabularyHead, add_adapter
 
 __all__ = ["PARTS", "VLPretrainModel"]
 
-PARTS = ("image", "text", "fuse", "match", "words", "vocabulary", *LOCAL)
+PARTS = ("image", "text", "fuse", "match", "words", "answers", "vocabulary", *LOCAL)
 MAX_LOG_SCALE = math.log(100)
 
 
@@ -58,6 +58,18 @@ class Match(nn.Module):
         return logits
 
 
+class Answers(nn.Sequential):
+    """A logit for each answer, at first as likely as one of all.
+
+    Source: Tan and Bansal 2019 (LXMERT), whose head for VQA has these layers.
+    """
+
+    def __init__(self, width: int, count: int) -> None:
+        outer = nn.Linear(2 * width, count)
+        nn.init.constant_(outer.bias, -math.log(count))
+        super().__init__(nn.Linear(width, 2 * width), nn.GELU(), nn.LayerNorm(2 * width), outer)
+
+
 class VLPretrainModel(nn.Module):
     """Every call is `model(part, ...)`, because the hooks of DDP and FSDP hang on `forward`:
 
@@ -71,6 +83,7 @@ class VLPretrainModel(nn.Module):
     - `model("match", fused [n, T, W], image_features [n, D], text_features [n, D])` gives logits fp32 [n, 2], class 1
       a match;
     - `model("words", rows [r, W])` gives [r, W], the rows that `linear_cross_entropy` compares with the vocabulary;
+    - `model("answers", fused [n, T, W])` gives logits fp32 [n, A] of the config's answers, from the first token;
     - `model("multiscale", image_tokens)` gives `patches` fp32 [B, P, D] of length one, and `scale` and `bias` [1], and
       `model("late_interaction", image_tokens, hidden)` gives `patches` and `words` fp32 [B, T, D] of length one, and
       `scale` [1], for models whose config's `local` names them;
@@ -103,6 +116,8 @@ class VLPretrainModel(nn.Module):
         self.heads = nn.ModuleDict(
             {"match": Match(width, config.embed_dim), "words": VocabularyHead(config.text, self.words)}
         )
+        if config.answers:
+            self.heads["answers"] = Answers(width, len(config.answers))
         self.heads.update(local_heads(config.local, width, config.embed_dim))
         self.temperature = Temperature(config.logit_bias)
         for name, lora in (("text", config.text.lora), ("fusion", config.fusion.lora)):
@@ -176,6 +191,11 @@ class VLPretrainModel(nn.Module):
     def _match(self, fused: Tensor, image_features: Tensor, text_features: Tensor) -> Tensor:
         pair = check.features("image_features", image_features), check.features("text_features", text_features)
         return self._exact(self.heads["match"], check.sets("fused", fused)[:, 0], *pair)
+
+    def _answers(self, fused: Tensor) -> Tensor:
+        if not self.config.answers:
+            raise ValueError("part: got 'answers', wanted a model with answers to choose from")
+        return self._exact(self.heads["answers"], check.sets("fused", fused)[:, 0])
 
     def _multiscale(self, image_tokens: Tensor) -> dict[str, Tensor]:
         return self._local("multiscale", image_tokens)

@@ -136,4 +136,6 @@ def _config(found: dict[str, Any]) -> ModelConfig:
         return cls(**tuples) if lora is None else cls(**{**tuples, "lora": made(LoraConfig, lora)})
 
     parts = {"image": ImageConfig, "text": TextConfig, "fusion": FusionConfig}
-    return ModelConfig(**{name: made(parts[name], value) if name in parts else value for name, value in found.items()})
+    whole = {name: made(parts[name], value) if name in parts else value for name, value in found.items()}
+    config: ModelConfig = made(ModelConfig, whole)
+    return config
