@@ -148,6 +148,7 @@ def test_a_checkpoint_has_no_pickle_and_loads_without_the_trainer(tmp_path):
     assert same(VLPretrainModel.load(path).state_dict(), weights(run))
     meta = json.loads((path / "meta.json").read_text())
     assert meta["step"] == 6 and meta["samples"] == 96 and meta["versions"]["torch"] == torch.__version__
+    assert meta["hardness"] == 1.0 and meta["weights"] == ALL
 
 
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(tmp_path, capsys):

@@ -229,6 +229,8 @@ class Run:
             "stage": self.stage.name,
             "seed": self.config.seed,
             "world_size": self.world.size,
+            "hardness": self.stepper.hardness(self.step - 1),
+            "weights": self.stepper.weights(self.step - 1, self.stage),
             "best": self.best,
             "since": self.learning.since,
             "failures": self.stepper.failures,

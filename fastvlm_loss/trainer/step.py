@@ -112,12 +112,21 @@ class Stepper:
     def _losses(
         self, image: Mapping[str, Tensor], text: Mapping[str, Tensor], known: Batch, tasks: list[str], step: int
     ) -> tuple[dict[str, Tensor], Found]:
-        model = unwrapped(self.model)
-        first, last = self.config.itm.hardness
-        hardness = first + (last - first) * step / max(1, self.config.steps - 1)
+        model, hardness = unwrapped(self.model), self.hardness(step)
         return self.objectives(
             image, text, known, tasks, step, hardness, model.vocabulary(), model.log_scale.exp(), model.logit_bias
         )
+
+    def hardness(self, step: int) -> float:
+        """Of the negatives that a step draws: on a line over the run."""
+        first, last = self.config.itm.hardness
+        return first + (last - first) * step / max(1, self.config.steps - 1)
+
+    def weights(self, step: int, stage: Stage) -> dict[str, float]:
+        """What each raw loss counts at a step, all factors together, as far as the steps before have settled it."""
+        given = stage.weights(step)
+        factors = self.weighting.factors([*given], step / self.config.steps)
+        return {task: value * factors[task].item() for task, value in given.items()}
 
     def _finish(
         self, step: int, made: Mapping[str, Any], weights: Mapping[str, float], factors: Mapping[str, Tensor]
