@@ -1,7 +1,9 @@
 """The objectives of a picture's patches: their heads, what their losses are, and how they are judged."""
 
+import copy
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,15 +14,21 @@ from trainer_models import pictures, small, texts
 
 from fastvlm_loss import ITMBatch, late_interaction_loss
 from fastvlm_loss.trainer import patches as objectives
-from fastvlm_loss.trainer.config import LocalConfig
+from fastvlm_loss.trainer.config import LocalConfig, StageConfig
 from fastvlm_loss.trainer.evaluation import patches as evaluation
 from fastvlm_loss.trainer.evaluation.held import encode
+from fastvlm_loss.trainer.evaluation.retrieval import rank
 from fastvlm_loss.trainer.model import ModelConfig, VLPretrainModel
+from fastvlm_loss.trainer.plan import plan
+from fastvlm_loss.trainer.report import write
+from fastvlm_loss.trainer.report.curves import NAMES
+from fastvlm_loss.trainer.run import Run
 from fastvlm_loss.trainer.stages import stages_of
 from fastvlm_loss.trainer.world import World
 
 HERE = World(torch.device("cpu"))
 LOCAL_NAMES = (*LOCAL,)
+WIDE = replace(SMALL, local=LOCAL_NAMES)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +54,7 @@ def test_heads_give_vectors_of_length_one_in_fp32(model):
 
 
 def test_a_model_without_the_heads_says_so():
-    with pytest.raises(ValueError, match="part: got 'multiscale', wanted a model with local"):
+    with pytest.raises(ValueError, match="part: got 'multiscale', wanted a model with multiscale in local"):
         small()("multiscale", torch.zeros(2, 3, 32))
     with pytest.raises(ValueError, match="local: got 'patches', wanted one of 'multiscale', 'late_interaction'"):
         ModelConfig(local=("patches",))
@@ -54,8 +62,34 @@ def test_a_model_without_the_heads_says_so():
 
 
 def test_an_objective_wants_its_head(tmp_path):
-    with pytest.raises(ValueError, match=r"weights.late_interaction: got .* model.local=\[\], wanted it there"):
+    with pytest.raises(ValueError, match=r"^weights.late_interaction: got .* model.local=\[\], wanted it there"):
         stages_of(config(tmp_path, model=SMALL, weights={"late_interaction": 1.0}))
+    own = (StageConfig("a", 0.5, {"itc": 1.0}), StageConfig("b", 0.5, {"multiscale": 1.0}))
+    with pytest.raises(ValueError, match=r"^stages\[1\].weights.multiscale: got"):
+        stages_of(config(tmp_path, model=SMALL, stages=own))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (("multiscale", torch.zeros(2, 3)), r"image_tokens: got .*\[2, 3\]"),
+        (("multiscale", torch.zeros(2, 3, 8)), r"image_tokens: got .*\[2, 3, 8\], wanted width 32"),
+        (("late_interaction", torch.zeros(2, 3, 32), torch.zeros(2, 3, 8)), "hidden: got .*wanted width 32"),
+    ],
+)
+def test_errors_name_what_was_given(model, call, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        model(*call)
+
+
+@pytest.mark.parametrize("task", LOCAL)
+def test_a_run_of_it_alone_has_a_plan_and_a_report(tmp_path, task):
+    made = config(tmp_path, steps=2, weights={task: 1.0})
+    assert f"; {task} 1; " in plan(Run(made, HERE))
+    run = train(made)
+    idle = ("fusion.", "heads.match", "heads.words", "image_projection.", "temperature.")
+    assert not [n for n, p in run.source.named_parameters() if p.requires_grad and n.startswith(idle)]
+    assert NAMES[task] in write(run.folder, run.evaluate()).read_text()
 
 
 def test_multiscale_is_cross_entropy_of_the_leaning_mean_over_patches(model):
@@ -95,7 +129,7 @@ def test_the_temperature_is_kept_in_its_range():
 @pytest.fixture(scope="module")
 def held():
     torch.manual_seed(0)
-    model = VLPretrainModel(ModelConfig(**{**vars(SMALL), "local": LOCAL_NAMES}), data().tokenizer).eval()
+    model = VLPretrainModel(WIDE, data().tokenizer).eval()
     with torch.no_grad():
         return encode(model, data().tokenizer, data().collate, data().held(24), torch.device("cpu"))
 
@@ -125,16 +159,31 @@ def test_ranks_are_those_of_every_product(held, interaction, monkeypatch):
 def test_multiscale_is_judged_on_the_hardest_pairs(held):
     found = evaluation.multiscale(held, 8, LocalConfig())
     assert set(found) == {"multiscale/accuracy_hard"} and 0 <= found["multiscale/accuracy_hard"] <= 100
-    held.model.heads["multiscale"].bias += 50.0
-    assert evaluation.multiscale(held, 8, LocalConfig()) == {"multiscale/accuracy_hard": 50.0}, "it says yes to all"
-    held.model.heads["multiscale"].bias -= 50.0
+    model = copy.deepcopy(held.model)
+    model.heads["multiscale"].bias += 50.0
+    always = evaluation.multiscale(replace(held, model=model), 8, LocalConfig())
+    assert always == {"multiscale/accuracy_hard": 50.0}, "it says yes to all"
 
 
 def test_figures_are_those_of_the_objectives(held):
-    wide = CONFIG.__class__(**{**vars(CONFIG), "model": ModelConfig(**{**vars(SMALL), "local": LOCAL_NAMES})})
-    for task in LOCAL:
-        names = set(judged(held.model, held.samples, wide, (task,)).figures)
-        assert names and all(name.startswith(f"{task}/") for name in names)
+    recalls = {f"late_interaction/{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)} | {"late_interaction/r10"}
+    wanted = {
+        "multiscale": {"multiscale/accuracy_hard"},
+        "late_interaction": recalls | {f"retrieval/chance_r{k}" for k in (1, 5, 10)},
+    }
+    for task, names in wanted.items():
+        assert set(judged(held.model, held.samples, replace(CONFIG, model=WIDE), (task,)).figures) == names
+
+
+@torch.no_grad()
+def test_recalls_under_autocast_are_those_of_exact_scores(held):
+    """Scores in bf16 would tie, and a tie counts as wrong."""
+    exact = evaluation.late_interaction(held, LocalConfig()), rank(held, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        other = evaluation.late_interaction(held, LocalConfig()), rank(held, 5)
+    assert other[0] == exact[0]
+    for way, found in exact[1].items():
+        assert torch.equal(other[1][way].ranks, found.ranks) and torch.equal(other[1][way].order, found.order)
 
 
 def test_they_learn(tmp_path):

@@ -23,13 +23,22 @@ SMALL = {
     "precision": "fp32",
     "device": "cpu",
     "tensorboard": False,
-    "weights": {"itc": 1.0, "itm": 1.0, "mlm": 1.0, "caption": 0.5, "vqa": 0.5},
+    "weights": {
+        "itc": 1.0,
+        "itm": 1.0,
+        "mlm": 1.0,
+        "caption": 0.5,
+        "vqa": 0.5,
+        "multiscale": 0.5,
+        "late_interaction": 0.5,
+    },
     "data": {"sources": [{"path": "shapes", "samples": 200}], "size": 32, "questions": True, "augment": False},
     "model": {
         "image": {"size": 32, "widths": [8, 8, 16, 16]},
         "text": {"width": 32, "layers": 1, "heads": 2, "inner": 64, "positions": 32},
         "fusion": {"layers": 1},
         "embed_dim": 16,
+        "local": ["multiscale", "late_interaction"],
     },
     "checkpoint": {"every": 1, "keep": 2},
     "evaluation": {"limit": 12, "rerank": 4},
@@ -112,7 +121,7 @@ def test_two_processes_give_the_curve_of_one_which_resumes_what_they_saved(tmp_p
 
 MOMENTUM = ["--momentum.enabled", "true", "--momentum.queue", "24", "--micro_batch", "5", "--mlm.strategy", "hard"]
 # batches of 4 have shares whose longest texts differ
-SHARDED = ["--strategy", "fsdp", "--batch_size", "4", "--weighting.kind", "uncertainty"]
+SHARDED = ["--strategy", "fsdp", "--batch_size", "4", "--weighting.kind", "uncertainty", "--vqa.kind", "classification"]
 
 
 @pytest.mark.parametrize("more", [MOMENTUM, SHARDED], ids=["queues and micro-batches", "shards"])

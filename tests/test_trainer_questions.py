@@ -8,6 +8,8 @@ import torch
 from evaluation_cases import CONFIG, SMALL, data
 from trainer_cases import config, same, train, weights
 
+from fastvlm_loss.trainer.build import model_of
+from fastvlm_loss.trainer.checkpoint import CheckpointError
 from fastvlm_loss.trainer.config import QuestionConfig
 from fastvlm_loss.trainer.evaluation import evaluate
 from fastvlm_loss.trainer.evaluation.held import encode
@@ -35,8 +37,8 @@ def test_the_loss_is_a_sigmoid_for_each_answer():
 
 def test_a_batch_knows_the_place_of_each_answer():
     some = data()
-    asked = [("is there a circle ?", some.answers[3]), ("is there a circle ?", "never heard of"), None]
-    assert some.collate.question(asked)["choice"].tolist() == [3, -1, -1]
+    asked = [("is there a circle ?", answer) for answer in (some.answers[3], some.answers[3].upper(), "unheard of")]
+    assert some.collate.question([*asked, None])["choice"].tolist() == [3, 3, -1, -1], "in small letters or large ones"
 
 
 def test_an_answer_does_not_see_itself():
@@ -93,3 +95,25 @@ def test_a_model_without_answers_says_so():
     model = VLPretrainModel(SMALL, data().tokenizer)
     with pytest.raises(ValueError, match="part: got 'answers', wanted a model with answers to choose from"):
         model("answers", torch.zeros(2, 3, 32))
+
+
+def test_a_run_does_not_go_on_with_other_answers(tmp_path):
+    """The logits of a checkpoint stand for its answers, whatever the data says today."""
+    made = config(tmp_path, vqa=CHOICE, weights={"vqa": 1.0})
+    run = Run(made, World(CPU))
+    assert run.train(lambda: run.step == 2) is None
+    path = next(tmp_path.glob("step_*"))
+    for answers, message in (
+        (run.data.answers[:-1], f"got None, wanted '{run.data.answers[-1]}'"),
+        (["a", *run.data.answers[1:]], f"got 'a', wanted '{run.data.answers[0]}'"),
+    ):
+        with pytest.raises(CheckpointError, match=f"data.sources: got {len(answers)} answers .*{message}"):
+            model_of(made, replace(run.data, answers=answers), path)
+
+
+def test_answers_of_a_configuration_are_refused(tmp_path):
+    small = config(tmp_path)
+    with pytest.raises(ValueError, match=r"^model\.answers: got 2, wanted none"):
+        Run(replace(small, model=replace(small.model, answers=("a", "b"))), World(CPU))
+    with pytest.raises(ValueError, match="answers: got a, a, wanted each once"):
+        replace(SMALL, answers=("a", "a"))

@@ -15,7 +15,9 @@ from fastvlm_loss.trainer.config import (
     CheckpointConfig,
     ContrastiveConfig,
     MaskedConfig,
+    MatchingConfig,
     MomentumConfig,
+    OptimizerConfig,
     StageConfig,
     WeightingConfig,
 )
@@ -149,6 +151,18 @@ def test_a_checkpoint_has_no_pickle_and_loads_without_the_trainer(tmp_path):
     meta = json.loads((path / "meta.json").read_text())
     assert meta["step"] == 6 and meta["samples"] == 96 and meta["versions"]["torch"] == torch.__version__
     assert meta["hardness"] == 1.0 and meta["weights"] == ALL
+
+
+@pytest.mark.parametrize("kind", ["inverse", "uncertainty", "gradnorm"])
+def test_a_checkpoint_says_the_weights_of_its_last_step(tmp_path, kind):
+    random = MatchingConfig(random=True)
+    run = train(
+        config(tmp_path, weighting=WeightingConfig(kind, lr=0.5), optimizer=OptimizerConfig(lr=0.1), itm=random)
+    )
+    meta = json.loads((next(tmp_path.glob("step_*")) / "meta.json").read_text())
+    last = records(run)[-1]
+    assert meta["weights"] == pytest.approx({task: last["weighted"][task] / last["raw"][task] for task in ALL})
+    assert meta["hardness"] == 0.0, "uniform draws"
 
 
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(tmp_path, capsys):

@@ -10,7 +10,7 @@ TASKS = ("itc", "itm", "mlm")
 
 
 def observed(kind, losses=(2.0, 0.5, 0.1), **options):
-    weighting = Weighting(WeightingConfig(kind=kind, **options))
+    weighting = Weighting(WeightingConfig(kind=kind, **options), TASKS)
     weighting.observe(dict(zip(TASKS, map(torch.tensor, losses), strict=True)))
     return weighting
 
@@ -43,18 +43,18 @@ def test_inverse_is_smoothed_floored_and_capped():
     weighting.observe({"itc": torch.tensor(0.0)})
     assert float(weighting.smoothed[0]) == pytest.approx(0.9)
     tasks = ("itc", "itm", "mlm", "caption", "vqa")
-    five = Weighting(WeightingConfig(kind="inverse", cap=4.0))
+    five = Weighting(WeightingConfig(kind="inverse", cap=4.0), tasks)
     five.observe(dict(zip(tasks, map(torch.tensor, (0.0, 1.0, 1.0, 1.0, 1.0)), strict=True)))
     assert factors(five, tasks)[0] == 4.0, "a loss of 0 takes no more than the cap"
 
 
 def test_inverse_begins_with_equal_weights_and_one_objective_has_1():
-    assert factors(Weighting(WeightingConfig(kind="inverse"))) == [1.0, 1.0, 1.0]
+    assert factors(Weighting(WeightingConfig(kind="inverse"), TASKS)) == [1.0, 1.0, 1.0]
     assert factors(observed("inverse"), ("mlm",)) == [1.0]
 
 
 def test_curriculum_passes_its_boundaries_exactly():
-    weighting = Weighting(WeightingConfig(kind="curriculum", boundaries=(0.25, 0.75)))
+    weighting = Weighting(WeightingConfig(kind="curriculum", boundaries=(0.25, 0.75)), (*TASKS, "caption"))
     assert factors(weighting, share=0.2499) == pytest.approx([1.0, 0.1, 0.1])
     assert factors(weighting, share=0.25) == pytest.approx([1.0, 1.0, 0.5])
     assert factors(weighting, share=0.75) == [1.0, 1.0, 1.0]
@@ -62,7 +62,7 @@ def test_curriculum_passes_its_boundaries_exactly():
 
 
 def test_uncertainty_is_at_rest_where_it_should_be():
-    weighting = Weighting(WeightingConfig(kind="uncertainty"))
+    weighting = Weighting(WeightingConfig(kind="uncertainty"), TASKS)
     losses = torch.tensor([2.0, 0.5, 0.1])
     with torch.no_grad():
         weighting.log_variance[:3] = (2 * losses).log()
@@ -81,7 +81,7 @@ def test_uncertainty_gradient_is_half_less_the_weighted_loss():
 
 
 def test_gradnorm_brings_the_norms_together():
-    weighting = Weighting(WeightingConfig(kind="gradnorm", lr=0.05))
+    weighting = Weighting(WeightingConfig(kind="gradnorm", lr=0.05), TASKS)
     slopes = torch.tensor([4.0, 1.0, 0.25])
     for _ in range(400):
         weighting.observe(dict.fromkeys(TASKS, torch.tensor(1.0)))
@@ -94,7 +94,7 @@ def test_gradnorm_brings_the_norms_together():
 
 def test_a_checkpoint_holds_all_of_it():
     weighting = observed("uncertainty")
-    other = Weighting(WeightingConfig(kind="uncertainty"))
+    other = Weighting(WeightingConfig(kind="uncertainty"), TASKS)
     other.load_state_dict(weighting.state_dict())
     assert torch.equal(other.smoothed[:3], weighting.smoothed[:3])
     assert set(weighting.state_dict()) == {"log_variance", "smoothed", "first", "balance"}

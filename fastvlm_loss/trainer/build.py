@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from .checkpoint import CheckpointError
 from .config import Config, Precision
 from .data import Data
 from .masking import Masker
@@ -47,19 +49,33 @@ def precision_of(config: Config, world: World) -> Precision:
 
 
 def model_of(config: Config, data: Data, checkpoint: Path | None) -> VLPretrainModel:
-    """A fresh model for this data, the same in every process, or a checkpoint's."""
+    """A fresh model for this data, the same in every process, or a checkpoint's.
+
+    Raises:
+        CheckpointError: the data's answers are not those that the checkpoint's model chooses from.
+    """
+    answers = tuple(data.answers) if _chooses(config) else ()
     if checkpoint is not None:
         model = VLPretrainModel.load(checkpoint)
+        if model.config.answers != answers:
+            raise CheckpointError(
+                f"data.sources: got {len(answers)} answers to choose from, wanted the {len(model.config.answers)} of "
+                f"checkpoint {checkpoint.name}; the first that differs: {_first(answers, model.config.answers)}"
+            )
     else:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(number(config.seed, 0, 0, "weights"))
-            chosen = replace(config.model, answers=tuple(data.answers)) if _chooses(config) else config.model
-            model = VLPretrainModel.from_pretrained(chosen, data.tokenizer)
+            model = VLPretrainModel.from_pretrained(replace(config.model, answers=answers), data.tokenizer)
         start = config.itc.log_scale if config.itc.log_scale is not None else _LOG_SCALE.get(config.itc.loss)
         if start is not None:
             nn.init.constant_(model.log_scale, start)
     model.prepare(checkpointing=config.checkpointing, compile=config.compile)
     return model
+
+
+def _first(got: Sequence[str], wanted: Sequence[str]) -> str:
+    """What differs first, for an error."""
+    return next(f"got {a!r}, wanted {b!r}" for a, b in zip_longest(got, wanted) if a != b)
 
 
 def _chooses(config: Config) -> bool:

@@ -135,8 +135,15 @@ def read_state(path: Path, wanted: Callable[[str, Any], Tensor | None], world: W
     """The tensors of `state/`; `wanted(name, size)` makes the one to read into, or None to leave it out."""
     reader = HuggingFaceStorageReader(str(path / "state"))
     found = reader.read_metadata().state_dict_metadata
-    places = {name: wanted(name, getattr(entry, "size", torch.Size([]))) for name, entry in found.items()}
+    sizes = {name: getattr(entry, "size", torch.Size([])) for name, entry in found.items()}
+    places = {name: wanted(name, size) for name, size in sizes.items()}
     state = {name: tensor for name, tensor in places.items() if tensor is not None}
+    for name, tensor in state.items():
+        if tensor.shape != sizes[name]:
+            raise CheckpointError(
+                f"checkpoint {path.name}: got {name} of shape {list(sizes[name])}, wanted {list(tensor.shape)}: "
+                "another version of the trainer wrote it"
+            )
     if state:
         with _quiet():
             state_dict_loader.load(state, storage_reader=reader, no_dist=world.size == 1)

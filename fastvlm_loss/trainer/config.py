@@ -103,8 +103,9 @@ class QuestionConfig:
     """Question answering.
 
     Args:
-        kind: `generative` writes the answer word by word (ALBEF, BLIP); `classification` chooses among all answers of
-            the training questions, by a sigmoid each (LXMERT, VQAv2's 3129).
+        kind: `generative` writes the answer word by word (ALBEF, BLIP); `classification` chooses among the answers of
+            the training questions, by a sigmoid each. Those are collected from up to 50,000 samples of a source (2,000
+            of `shapes`); a rarer one asks for none of them.
     """
 
     kind: Literal["generative", "classification"] = "generative"

@@ -21,7 +21,10 @@ def learners(model: VLPretrainModel, stage: Stage, only: Collection[str] | None 
     groups, tasks = model.groups(), set(stage.tasks if only is None else only)
     found = {p for name in stage.train for part in groups[name] for p in parameters_of(part)}
     patches = {*_FUSED, *LOCAL}
-    users: dict[nn.Module, Collection[str]] = {model.fusion: _FUSED, model.bridge: patches, model.summary: patches}
+    users: dict[nn.Module, Collection[str]] = {
+        model.fusion: _FUSED, model.bridge: patches, model.summary: patches, model.image_projection: ("itc", "itm"),
+        model.text_projection: ("itc", "itm", "multiscale"), model.temperature: ("itc",),
+    }  # fmt: skip
     heads = {**_HEADS, "words": ("mlm", "caption", *(() if model.config.answers else ("vqa",)))}
     users |= {head: heads[name] for name, head in model.heads.items()}
     for part, of in users.items():

@@ -80,7 +80,7 @@ class Trial:
             model.to(torch.bfloat16)
             model.temperature.float()
         freeze(model, self.stage)
-        weighting = Weighting(changed.weighting).to(world.device)
+        weighting = Weighting(changed.weighting, self.stage.tasks).to(world.device)
         self.learning = Learning(changed.optimizer, changed.steps, world.device)
         extra = ((f"weighting.{name}", p) for name, p in weighting.named_parameters())
         self.learning.begin(self.stage, [*model.named_parameters(), *extra])

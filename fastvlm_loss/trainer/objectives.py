@@ -118,8 +118,7 @@ class Objectives:
         return losses, found
 
     def _negatives(self, step: int, hardness: float) -> BatchNegatives:
-        beta = 0.0 if self.config.itm.random else hardness
-        return BatchNegatives(self.config.itm.k, hardness=beta, seed=self.config.seed, step=step)
+        return BatchNegatives(self.config.itm.k, hardness=hardness, seed=self.config.seed, step=step)
 
     def _contrast(
         self, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, batch: Batch,

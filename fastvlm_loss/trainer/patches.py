@@ -31,7 +31,7 @@ def late_interaction(
     model: Callable[..., Any], config: LocalConfig, world: World, image_tokens: Tensor, hidden: Tensor,
     mask: Tensor, ids: Tensor,
 ) -> Tensor:  # fmt: skip
-    """Every patch against its best word and every word against its best patch, over the whole batch."""
+    """Every patch against its best token of a text, [CLS] and [SEP] too, and the other way, over the whole batch."""
     made = model("late_interaction", image_tokens, hidden)
     return late_interaction_loss(
         made["patches"], made["words"], made["scale"], text_mask=mask, interaction=config.interaction,

@@ -83,11 +83,9 @@ class Reading:
 
         An answer that cannot be chosen asks for none of the others.
 
-        Source: Tan and Bansal 2019 (LXMERT), section 3.3.
+        Source: Teney et al. 2018 (Tips and Tricks for Visual Question Answering).
         """
         logits = self.model("answers", fused)
-        target = torch.zeros_like(logits)
-        known = question["choice"] >= 0
-        target[known, question["choice"][known]] = 1.0
+        target = (question["choice"][:, None] == torch.arange(logits.shape[1], device=logits.device)).to(logits.dtype)
         each = F.binary_cross_entropy_with_logits(logits, target, reduction="none").sum(1)
         return (question["weight"] * each).sum() / max(1, len(each))

@@ -230,7 +230,7 @@ class Run:
             "seed": self.config.seed,
             "world_size": self.world.size,
             "hardness": self.stepper.hardness(self.step - 1),
-            "weights": self.stepper.weights(self.step - 1, self.stage),
+            "weights": {task: value.item() for task, value in self.stepper.counted.items()},
             "best": self.best,
             "since": self.learning.since,
             "failures": self.stepper.failures,
@@ -248,6 +248,11 @@ class Run:
         """That the data has what the objectives need, and is what the run began with."""
         if meta and meta["data"] != self._fingerprint():
             raise CheckpointError("data.sources: got other captions than the run began with, wanted the same pairs")
+        if self.config.model.answers:
+            raise ValueError(
+                f"model.answers: got {len(self.config.model.answers)}, wanted none: with vqa.kind=classification they "
+                "are those of the data"
+            )
         if "vqa" in self.tasks and not (self.config.data.questions and self.data.answers):
             raise ValueError(
                 f"weights.vqa: got an objective of questions beside data.questions={self.config.data.questions} and "

@@ -93,9 +93,12 @@ def stages_of(config: Config) -> tuple[Stage, ...]:
     found = tuple(Stage(stage, start, end, factors) for stage, start, end in zip(given, (0, *ends), ends, strict=False))
     for k, stage in enumerate(found):
         _check(f"stages[{k}]", stage)
-        for name in set(LOCAL).difference(config.model.local).intersection(stage.tasks):
-            local = list(config.model.local)
-            raise ValueError(f"weights.{name}: got an objective of patches beside model.local={local}, wanted it there")
+        for name in LOCAL:
+            if name in stage.tasks and name not in config.model.local:
+                raise ValueError(
+                    f"{f'stages[{k}].' if config.stages else ''}weights.{name}: got an objective of patches beside "
+                    f"model.local={list(config.model.local)}, wanted it there"
+                )
     return found
 
 

@@ -67,6 +67,7 @@ class Stepper:
         if before is not None and before.scaler is not None:
             self.scaler = before.scaler
         self.failures: int = 0 if before is None else before.failures
+        self.counted: dict[str, Tensor] = {} if before is None else before.counted
 
     def __call__(self, given: Mapping[str, Any], step: int, stage: Stage) -> Record:
         """Train on a batch.
@@ -118,15 +119,9 @@ class Stepper:
         )
 
     def hardness(self, step: int) -> float:
-        """Of the negatives that a step draws: on a line over the run."""
-        first, last = self.config.itm.hardness
+        """Of the negatives that a step draws: on a line over the run, or uniform draws."""
+        first, last = (0.0, 0.0) if self.config.itm.random else self.config.itm.hardness
         return first + (last - first) * step / max(1, self.config.steps - 1)
-
-    def weights(self, step: int, stage: Stage) -> dict[str, float]:
-        """What each raw loss counts at a step, all factors together, as far as the steps before have settled it."""
-        given = stage.weights(step)
-        factors = self.weighting.factors([*given], step / self.config.steps)
-        return {task: value * factors[task].item() for task, value in given.items()}
 
     def _finish(
         self, step: int, made: Mapping[str, Any], weights: Mapping[str, float], factors: Mapping[str, Tensor]
@@ -142,6 +137,7 @@ class Stepper:
                 p.grad = self.world.mean(p.grad)
         norm = clip(self.model.parameters(), self.config.optimizer.clip)
         found: Found = made["found"]
+        self.counted = {task: weights[task] * factors[task].detach() for task in made["raw"]}
         weighted = {f"weighted {task}": weights[task] * factors[task] * raw for task, raw in made["raw"].items()}
         whole = {**found.metrics, "gradient_norm": norm, "logit_scale": logit_scale(model)}
         told = {**made["raw"], **weighted, **whole}

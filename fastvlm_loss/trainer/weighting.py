@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from .config import TASKS, WeightingConfig
+from .config import WeightingConfig
 
 __all__ = ["CURRICULUM", "Weighting"]
 
@@ -23,9 +23,12 @@ class Weighting(nn.Module):
     """Joins raw losses to the one that is minimised; its parameters and buffers are part of a checkpoint.
 
     `fixed`: all 1, as of ALBEF and BLIP. `inverse`: w_k = K (1/l_k) / sum_j (1/l_j) of smoothed, detached losses, so
-    that the gradient does not depend on the scale of any loss. `curriculum`: contrast first (1, .1, .1), then
-    (1, 1, .5), then all 1. `uncertainty`: exp(-s_k) L_k + s_k / 2 with learned s_k. `gradnorm`: learned weights that
-    make all objectives train at a like pace.
+    that the gradient does not depend on the scale of any loss. `curriculum`: contrast first (matching and masked words
+    .1), then masked words .5, then all 1. `uncertainty`: exp(-s_k) L_k + s_k / 2 with learned s_k. `gradnorm`: learned
+    weights that make all objectives train at a like pace.
+
+    Args:
+        tasks: the run's objectives; state is kept for these.
 
     Source: Kendall et al. 2018, equation 10 (classification form); Chen et al. 2018 (GradNorm), algorithm 1.
     """
@@ -34,7 +37,7 @@ class Weighting(nn.Module):
     first: Tensor
     balance: Tensor
 
-    def __init__(self, config: WeightingConfig, tasks: Sequence[str] = TASKS) -> None:
+    def __init__(self, config: WeightingConfig, tasks: Sequence[str]) -> None:
         super().__init__()
         self.config, self.tasks = config, tuple(tasks)
         self.log_variance = nn.Parameter(torch.zeros(len(self.tasks))) if config.kind == "uncertainty" else None

@@ -10,8 +10,9 @@ A batch is a dict of CPU tensors, B rows of one process:
     text      tokens int64 [B, T], mask bool [B, T], word int64 [B, T] (number of the word a token belongs to, -1 for
               special tokens), kind uint8 [B, T] (bits OBJECT 1, CONTENT 2, STOP 4, ATTRIBUTE 8), concreteness fp32
               [B, T]
-    question  tokens, mask, prompt_lengths int64 [B], answer int64 [B], weight fp32 [B] (0: the sample has none);
-              only where questions are asked for
+    question  tokens, mask, prompt_lengths int64 [B], answer int64 [B], choice int64 [B] (the answer's place
+              among Data.answers, -1 for none), weight fp32 [B] (0: the sample has none); only where questions are
+              asked for
 
 A text is ``[CLS] words [SEP]``, a question ``[CLS] question [SEP] answer [SEP]``.
 """

@@ -84,7 +84,7 @@ class Collator:
         among the answers to choose from, -1 for none, ``weight`` is 0 for a sample without a question (its row is
         ``[CLS] [SEP] [SEP]``).
         """
-        rows, prompts, answers = [], [], []
+        rows, prompts, answers, choices = [], [], [], []
         cls, sep = self.tokenizer.cls_id, self.tokenizer.sep_id
         for asked in questions:
             answer = self.tokenizer.encode(asked[1]).tokens[: self.question_length - 3] if asked else []
@@ -92,11 +92,12 @@ class Collator:
             rows.append([cls, *prompt, sep, *answer, sep])
             prompts.append(2 + len(prompt))
             answers.append(answer[0] if answer else self.tokenizer.pad_id)
+            choices.append(self.place.get(asked[1].lower(), -1) if asked else -1)
         return {
             **self._frame(rows, self.question_length),
             "prompt_lengths": torch.tensor(prompts, dtype=torch.int64),
             "answer": torch.tensor(answers, dtype=torch.int64),
-            "choice": torch.tensor([self.place.get(q[1], -1) if q else -1 for q in questions], dtype=torch.int64),
+            "choice": torch.tensor(choices, dtype=torch.int64),
             "weight": torch.tensor([float(asked is not None) for asked in questions]),
         }
 

@@ -23,7 +23,8 @@ COLLECTED, COLLECTED_SHAPES = 50_000, 2_000
 class Data:
     """The data of a run.
 
-    ``answers`` are the different answers of the training questions, sorted: what to choose from in an evaluation.
+    ``answers`` are the different answers of the training questions, in small letters, sorted: what to choose from.
+    Where a source is large they are those of ``COLLECTED`` of its samples.
     ``skipped`` is what was left out when the sources were opened, and what ``held`` could not read.
     """
 
@@ -54,7 +55,7 @@ class Data:
             for sample in _described(opened.train, COLLECTED_SHAPES if source.path == "shapes" else COLLECTED):
                 asked_of = [text for question in sample.questions for text in question] if config.questions else []
                 texts += [sample.caption, *sample.tags, *asked_of]
-                answers.update(answer for _, answer in sample.questions)
+                answers.update(answer.lower() for _, answer in sample.questions)
         chosen = WordVocabulary.from_texts(texts, config.max_words) if tokenizer is None else tokenizer
         skipped = [skip for opened in sources for skip in opened.skipped]
         lengths = config.context_length, config.question_length

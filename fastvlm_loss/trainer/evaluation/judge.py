@@ -78,7 +78,7 @@ def evaluate(
         precision: `fp32`, `bf16` or `fp16`, of autocast.
         tasks: the run's objectives: `itc` is judged by retrieval and zero-shot classification, `itm` by re-ranking and
             matching, `multiscale` by matching, `late_interaction` by retrieval of its own, `mlm` by masked words,
-            `caption` and `vqa` by what the model writes.
+            `caption` by what the model writes, `vqa` by what it answers.
     """
     if not held:
         return Evaluation({}, config)
@@ -92,6 +92,8 @@ def evaluate(
         shown = _spread(len(found))
         choices = unwrapped(model).config.answers if config.vqa.kind == "classification" else ()
         figures, rankings = _ranked(found, config, tasks)
+        if {"itc", "late_interaction"} & set(tasks):
+            figures |= guessed(found.ids)
         if "itc" in tasks:
             figures |= zeroshot(found, data)
         if "itm" in tasks:
@@ -125,8 +127,7 @@ def _ranked(
     rankings = {"retrieval": rank(held, max(k, _LISTED))}
     if k:
         rankings["rerank"] = rerank(held, rankings["retrieval"], k, logit_scale(held.model))
-    figures = {name: value for kind, found in rankings.items() for name, value in recalls(found, kind).items()}
-    return figures | guessed(held.ids), rankings
+    return {name: value for kind, found in rankings.items() for name, value in recalls(found, kind).items()}, rankings
 
 
 def _spread(count: int) -> Tensor:

@@ -40,7 +40,7 @@ def questions(held: Held, choices: Sequence[str] = ()) -> dict[str, float]:
     image = torch.tensor([i for i, _, _ in asked])
     if choices:
         chosen = _chosen(held, batch["tokens"], batch["prompt_lengths"], image)
-        right = torch.tensor([choices[k] == answer for k, (_, _, answer) in zip(chosen, asked, strict=True)])
+        right = torch.tensor([choices[k] == answer.lower() for k, (_, _, answer) in zip(chosen, asked, strict=True)])
     else:
         agrees, counts = agreement(held, batch["tokens"], batch["mask"], batch["prompt_lengths"], image)
         right = (agrees | ~counts).all(1)

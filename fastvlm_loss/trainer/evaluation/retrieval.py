@@ -34,8 +34,9 @@ def rank(held: Held, shown: int) -> dict[str, Ranking]:
     found = {}
     for way, queries, gallery in (("i2t", images, texts), ("t2i", texts, images)):
         k = min(shown, len(gallery))
-        order = torch.cat([(part @ gallery.T).topk(k).indices for part in queries.split(ROWS)])
-        found[way] = Ranking(ranks(queries, gallery, held.ids), order)
+        with torch.autocast("cpu", enabled=False):  # scores in bf16 tie
+            order = torch.cat([(part @ gallery.T).topk(k).indices for part in queries.split(ROWS)])
+            found[way] = Ranking(ranks(queries, gallery, held.ids), order)
     return found
 
 

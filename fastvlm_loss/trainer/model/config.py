@@ -206,6 +206,9 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in self.local:
             check.choice("local", name, LOCAL)
+        for argument, given in (("local", self.local), ("answers", self.answers)):
+            if len(set(given)) < len(given):
+                raise ValueError(f"{argument}: got {', '.join(given)}, wanted each once")
         check.whole("embed_dim", self.embed_dim, low=1)
         if self.logit_bias is not None:
             check.number("logit_bias", self.logit_bias)

@@ -1,4 +1,4 @@
-"""VLPretrainModel: an image tower, a text tower, a fusion encoder, and the heads of five objectives."""
+"""VLPretrainModel: an image tower, a text tower, a fusion encoder, and the heads of the objectives."""
 
 from __future__ import annotations
 
@@ -168,12 +168,11 @@ class VLPretrainModel(nn.Module):
     def _fuse(
         self, hidden: Tensor, mask: Tensor, image_tokens: Tensor | None, prefix: Tensor | None = None
     ) -> Tensor:  # fmt: skip
-        width = self.config.text.width
         if not self.config.fusion.layers:
             raise ValueError("part: got 'fuse', wanted a model with fusion.layers >= 1")
         for name, value in (("hidden", hidden), ("image_tokens", image_tokens)):
-            if value is not None and check.sets(name, value).shape[2] != width:
-                raise ValueError(f"{name}: got {check._got(value)}, wanted width {width}")
+            if value is not None:
+                self._wide(name, value)
         if image_tokens is not None and image_tokens.shape[0] != hidden.shape[0]:
             raise ValueError(f"image_tokens: got {image_tokens.shape[0]} for {hidden.shape[0]} texts, wanted as many")
         mask, prefix = self._masks(mask, prefix, hidden)
@@ -198,16 +197,27 @@ class VLPretrainModel(nn.Module):
         return self._exact(self.heads["answers"], check.sets("fused", fused)[:, 0])
 
     def _multiscale(self, image_tokens: Tensor) -> dict[str, Tensor]:
-        return self._local("multiscale", image_tokens)
+        head = self._local("multiscale", image_tokens=image_tokens)
+        # new tensors, since FSDP takes the parameters' memory back
+        scalars = {"scale": 1.0 * head.scale, "bias": 1.0 * head.bias}
+        return {"patches": self._features(head.patches, image_tokens), **scalars}
 
     def _late_interaction(self, image_tokens: Tensor, hidden: Tensor) -> dict[str, Tensor]:
-        return self._local("late_interaction", image_tokens, hidden)
+        head = self._local("late_interaction", image_tokens=image_tokens, hidden=hidden)
+        patches, words = self._features(head.patches, image_tokens), self._features(head.words, hidden)
+        return {"patches": patches, "words": words, "scale": head.log_scale.exp()}
 
-    def _local(self, name: str, *sets: Tensor) -> dict[str, Tensor]:
+    def _local(self, name: str, **sets: Tensor) -> Any:
+        """The head of this name, after a look at what it is given."""
         if name not in self.config.local:
-            raise ValueError(f"part: got {name!r}, wanted a model with local = ({name!r},)")
-        made: dict[str, Tensor] = self.heads[name](*(check.sets("tokens", given) for given in sets))
-        return made
+            raise ValueError(f"part: got {name!r}, wanted a model with {name} in local")
+        for argument, given in sets.items():
+            self._wide(argument, given)
+        return self.heads[name]
+
+    def _wide(self, name: str, given: Tensor) -> None:
+        if check.sets(name, given).shape[2] != self.config.text.width:
+            raise ValueError(f"{name}: got {check._got(given)}, wanted width {self.config.text.width}")
 
     def _words(self, rows: Tensor) -> Tensor:
         out: Tensor = self.heads["words"](check.features("rows", rows))
