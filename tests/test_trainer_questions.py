@@ -27,7 +27,7 @@ def test_the_loss_is_a_sigmoid_for_each_answer():
     logits = torch.tensor([[1.0, -2.0, 0.5], [0.3, 0.1, -0.7], [2.0, 2.0, 2.0]], requires_grad=True)
     reading = Reading(replace(CONFIG, vqa=CHOICE), lambda part, fused: logits, World(CPU), 0)
     question = {"choice": torch.tensor([2, -1, 0]), "weight": torch.tensor([1.0, 1.0, 0.0])}
-    loss = reading({"question": torch.zeros(3, 4, 8)}, None, question, None)["vqa"]
+    loss = reading({"question": torch.zeros(3, 4, 8)}, None, None, question, None)["vqa"]
     target = torch.tensor([[0.0, 0.0, 1.0], [0.0, 0.0, 0.0]])
     want = -(target * logits[:2].sigmoid().log() + (1 - target) * (-logits[:2]).sigmoid().log()).sum() / 3
     torch.testing.assert_close(loss, want)

@@ -103,9 +103,10 @@ class Objectives:
             if "itm" in tasks:
                 losses["itm"] = self._match(fused[0], features, pairs, found)
             read = dict(zip(batch.views.names[1:], fused["itm" in tasks :], strict=True))
-            losses |= self.reading(read, batch.views, batch.question, vocabulary)
-            if "masked" in read and self.config.mlm.strategy == "hard":
-                found.masked_difference = self.reading.worth(read["masked"], text["hidden"], batch.views, vocabulary)
+            masked = self.reading.masked(read["masked"], batch.views) if "masked" in read else None
+            losses |= self.reading(read, masked, batch.views, batch.question, vocabulary)
+            if masked is not None and self.config.mlm.strategy == "hard":
+                found.masked_difference = self.reading.worth(masked, text["hidden"], batch.views, vocabulary)
         if "multiscale" in tasks:
             losses["multiscale"] = patches.multiscale(
                 self.model, self.config.local, self.world, image["tokens"], features[1], pairs

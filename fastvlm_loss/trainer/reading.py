@@ -27,12 +27,13 @@ class Reading:
         self.config, self.model, self.world, self.pad_id = config, model, world, pad_id
 
     def __call__(
-        self, fused: Mapping[str, Tensor], views: Views, question: Mapping[str, Tensor] | None, vocabulary: Vocabulary
-    ) -> dict[str, Tensor]:
-        """Of the views that there are, fused `[B, T, W]`."""
+        self, fused: Mapping[str, Tensor], masked: tuple[Tensor, Tensor] | None, views: Views,
+        question: Mapping[str, Tensor] | None, vocabulary: Vocabulary,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """Of the views that there are, fused `[B, T, W]`, and of what `masked` gives of the masked one."""
         losses = {}
-        if "masked" in fused:
-            rows, targets = self._masked(fused["masked"], views)
+        if masked is not None:
+            rows, targets = masked
             losses["mlm"] = linear_cross_entropy(rows, vocabulary[0], targets, vocabulary[1], group=self.world.group)
         if "caption" in fused:
             own = views.inputs["tokens"][:, views.at("caption")]
@@ -49,16 +50,20 @@ class Reading:
         return losses
 
     @torch.no_grad()
-    def worth(self, fused: Tensor, hidden: Tensor, views: Views, vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:
+    def worth(
+        self, masked: tuple[Tensor, Tensor], hidden: Tensor, views: Views, vocabulary: Vocabulary
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Masked tokens, and the loss of each without the image less that with it; `hidden` `[B, V, T, W]`."""
         k, given = views.at("masked"), views.inputs
         alone = self.model("fuse", hidden[:, k].detach(), given["mask"][:, k], None, given["prefix"][:, k])
-        (rows, targets), (blind, _) = (self._masked(states.detach(), views) for states in (fused, alone))
+        (rows, targets), (blind, _) = masked, self.masked(alone, views)
         weight, bias = (t.detach() for t in vocabulary)
-        with_image, without = (linear_cross_entropy(r, weight, targets, bias, reduction="none") for r in (rows, blind))
+        with_image, without = (
+            linear_cross_entropy(r.detach(), weight, targets, bias, reduction="none") for r in (rows, blind)
+        )
         return targets, without - with_image
 
-    def _masked(self, fused: Tensor, views: Views) -> tuple[Tensor, Tensor]:
+    def masked(self, fused: Tensor, views: Views) -> tuple[Tensor, Tensor]:
         """Rows `[r, W]` of the hidden words, and which they are; all pass through the head together."""
         assert views.labels is not None
         place = views.labels >= 0
