@@ -116,7 +116,13 @@ class TwoTowers(nn.Module):
         return F.normalize(features.float(), dim=-1)
 
 
+def fast_bf16(device: torch.device) -> bool:
+    """Whether bf16 products are worth it: on GPUs, and on CPUs with instructions for them (AVX-512 alone has none)."""
+    if device.type != "cpu":
+        return True
+    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "sve_bf16"))
+
+
 def _autocast(device: torch.device) -> torch.autocast:
-    """bf16 products on a GPU and on CPUs whose bf16 is not an emulation."""
-    fast = device.type != "cpu" or torch.backends.cpu.get_cpu_capability().startswith(("AVX512", "SVE"))
-    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16(device))

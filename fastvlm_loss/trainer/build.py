@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..demo.towers import fast_bf16
 from .checkpoint import CheckpointError
 from .config import Config, Precision
 from .data import Data
@@ -34,9 +35,8 @@ def precision_of(config: Config, world: World) -> Precision:
         ValueError: a scaler beside bf16 or fp32, fp16 beside shards, or a batch that the processes cannot share.
     """
     kind: Precision = config.precision
-    if kind == "auto":  # bf16, but not where it is an emulation
-        fast = world.device.type != "cpu" or torch.backends.cpu.get_cpu_capability().startswith(("AVX512", "SVE"))
-        kind = "bf16" if fast else "fp32"
+    if kind == "auto":
+        kind = "bf16" if fast_bf16(world.device) else "fp32"
     if config.grad_scaler and kind != "fp16":
         raise ValueError(f"grad_scaler: got true beside precision={kind}, wanted false: only fp16 needs one")
     if kind == "fp16" and config.grad_scaler is False:
