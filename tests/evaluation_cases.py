@@ -95,7 +95,8 @@ class Oracle(nn.Module):
             fused[0, self.vocabulary_size + int(match)] = 1
         for t, token in enumerate(tokens):
             if token == self.tokenizer.mask_id and image is not None and image not in self.forgotten:
-                fused[t, self.captions[image][t]] = 1
+                if t < len(self.captions[image]):
+                    fused[t, self.captions[image][t]] = 1
             elif token == self.tokenizer.mask_id and image is None and self.blind_guess is not None:
                 fused[t, self.blind_guess] = 1
 

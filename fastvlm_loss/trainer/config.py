@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ..scores import check
 from .data.config import DataConfig
 from .model.config import ModelConfig
 
@@ -224,12 +225,21 @@ class EvaluationConfig:
     Args:
         every: steps; 0 for the end alone.
         limit: held-out pairs at most.
-        rerank: candidates of each query that matching puts into a new order; 0 for none.
+        rerank: candidates of each query that are put into a new order; 0 for none.
+        evidence: other pictures that each candidate's words are read beside, to put the candidates into an order by
+            contrast, matching and masked words together; 0 for none. That takes several times as long as matching.
     """
 
     every: int = 0
     limit: int = 1000
     rerank: int = 16
+    evidence: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("every", "limit", "rerank", "evidence"):
+            check.whole(f"evaluation.{name}", getattr(self, name), low=0)
+        if self.evidence == 1:
+            raise ValueError("evaluation.evidence: got 1, wanted 0 or at least 2 pictures, of which a spread is taken")
 
 
 @dataclass(frozen=True)

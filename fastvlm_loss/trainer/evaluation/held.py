@@ -66,25 +66,35 @@ class Held:
     def match(self, image: Tensor, text: Tensor, of: Texts | None = None) -> Tensor:
         """By how much the match logit is above the other one, fp32 on the CPU, for pairs of a picture and a text.
 
-        A pair that is asked for twice is fused once; texts of like length go together, so that they are padded little.
-
         Args:
             image, text: int64 of one shape, on the CPU.
             of: the texts, if not the captions.
         """
-        of = of or self.texts
-        count, most = of.mask.shape
+        texts = of or self.texts
+
+        def judge(fused: Tensor, i: Tensor, t: Tensor) -> Tensor:
+            logits = self.model("match", fused, self.features[i], texts.features[t]).float()
+            difference: Tensor = logits[:, 1] - logits[:, 0]
+            return difference
+
+        return self.judged(image, text, texts, judge)
+
+    def judged(self, image: Tensor, text: Tensor, texts: Texts, judge: Callable[..., Tensor]) -> Tensor:
+        """What `judge(fused [n, T, W], image [n], text [n])`, fp32 `[n]`, says of pairs, on the CPU.
+
+        A pair that is asked for twice is fused once; texts of like length go together, so that they are padded little.
+        """
+        count, most = texts.mask.shape
         pairs, back = torch.unique(image * count + text, return_inverse=True)
-        order = of.lengths[pairs % count].argsort(stable=True)
+        order = texts.lengths[pairs % count].argsort(stable=True)
         found = torch.empty(len(pairs))
         for part in order.split(ROWS) if len(pairs) else ():
             i, t = pairs[part] // count, pairs[part] % count
-            longest = int(of.lengths[t].max())
+            longest = int(texts.lengths[t].max())
             width = most if self.collate.full else min(most, -(-longest // ROUND) * ROUND)
             i, t = i.to(self.device), t.to(self.device)
-            fused = self.model("fuse", of.hidden[t, :width], of.mask[t, :width], self.tokens[i])
-            logits = self.model("match", fused, self.features[i], of.features[t]).float()
-            found[part] = (logits[:, 1] - logits[:, 0]).cpu()
+            fused = self.model("fuse", texts.hidden[t, :width], texts.mask[t, :width], self.tokens[i])
+            found[part] = judge(fused, i, t).cpu()
         return found[back]
 
     def fuse(self, tokens: Tensor, mask: Tensor, prefix: Tensor | None, image: Tensor | None) -> Tensor:

@@ -17,12 +17,13 @@ from ..parallel import unwrapped
 from ..step import autocast, logit_scale
 from ..text import Tokenizer
 from .captions import Caption, captions, some_captions
+from .evidence import WEIGHT, evidence
 from .held import Held, encode
 from .looking import Look, Picks, looks, picks
 from .matching import hard, near
 from .patches import late_interaction, multiscale
 from .questions import Answer, questions, some_answers
-from .retrieval import Ranking, guessed, rank, recalls, rerank
+from .retrieval import Ranking, candidates, contrast, guessed, rank, recalls, rerank
 from .titles import table
 from .words import words
 from .zeroshot import zeroshot
@@ -43,7 +44,7 @@ class Evaluation:
         config, samples: of the evaluation.
         ids: int64 `[N]`; equal captions have equal ids.
         images, texts: fp32 `[N, D]`, the features, on the CPU.
-        rankings: `retrieval` and `rerank`, each by `i2t` and `t2i`.
+        rankings: `retrieval`, `rerank` and `evidence`, each by `i2t` and `t2i`.
         picks, looks, captions, answers: examples, of the objectives that the run has.
     """
 
@@ -77,8 +78,9 @@ def evaluate(
         model: a `VLPretrainModel`, wrapped or not; it is called as `model(part, ...)` alone.
         precision: `fp32`, `bf16` or `fp16`, of autocast.
         tasks: the run's objectives: `itc` is judged by retrieval and zero-shot classification, `itm` by re-ranking and
-            matching, `multiscale` by matching, `late_interaction` by retrieval of its own, `mlm` by masked words,
-            `caption` by what the model writes, `vqa` by what it answers.
+            matching, `multiscale` by matching, `late_interaction` by retrieval of its own, `mlm` by masked words and,
+            where `evaluation.evidence` asks for it, re-ranking, `caption` by what the model writes, `vqa` by what it
+            answers.
     """
     if not held:
         return Evaluation({}, config)
@@ -123,10 +125,18 @@ def _ranked(
 ) -> tuple[dict[str, float], dict[str, dict[str, Ranking]]]:
     if "itc" not in tasks:
         return {}, {}
-    k = config.evaluation.rerank if "itm" in tasks else 0
+    wanted = config.evaluation
+    k = wanted.rerank if {"itm", "mlm"} & set(tasks) else 0
     rankings = {"retrieval": rank(held, max(k, _LISTED))}
     if k:
-        rankings["rerank"] = rerank(held, rankings["retrieval"], k, logit_scale(held.model))
+        pairs = candidates(rankings["retrieval"], k)
+        scores = contrast(held, *pairs, logit_scale(held.model))
+        if "itm" in tasks:
+            scores = scores + held.match(*pairs)
+            rankings["rerank"] = rerank(rankings["retrieval"], *pairs, scores, held.ids)
+        if "mlm" in tasks and wanted.evidence:
+            scores = scores + WEIGHT * evidence(held, *pairs, wanted.evidence, config.seed)
+            rankings["evidence"] = rerank(rankings["retrieval"], *pairs, scores, held.ids)
     return {name: value for kind, found in rankings.items() for name, value in recalls(found, kind).items()}, rankings
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...demo.evaluation import KS, before, chance, ranks
 from .held import ROWS, Held
 
-__all__ = ["Ranking", "rank", "recalls", "rerank"]
+__all__ = ["Ranking", "candidates", "contrast", "rank", "recalls", "rerank"]
 
 WAYS = ("i2t", "t2i")  # a picture asks for texts; a text asks for pictures
 
@@ -40,21 +40,31 @@ def rank(held: Held, shown: int) -> dict[str, Ranking]:
     return found
 
 
-def rerank(held: Held, first: dict[str, Ranking], k: int, logit_scale: Tensor) -> dict[str, Ranking]:
-    """The `k` best candidates of each query by both judges, score plus match logit; those beyond keep their places.
+def candidates(first: dict[str, Ranking], k: int) -> tuple[Tensor, Tensor]:
+    """Pictures and texts int64 `[2, N, k]` of the `k` best pairs of each query, a row for each of `WAYS`."""
+    answers = {way: first[way].order[:, :k] for way in WAYS}
+    queries = torch.arange(len(answers["i2t"]))[:, None].expand_as(answers["i2t"])
+    return torch.stack([queries, answers["t2i"]]), torch.stack([answers["i2t"], queries])
 
-    The match logit alone forgets what the features know: it was learned on pairs that they find alike.
 
-    Source: Li et al. 2022 (BLIP), whose retrieval code adds the two, unscaled.
-    """
+def contrast(held: Held, image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
+    """Scores fp32 of pairs by their features."""
     features, texts = held.features.float().cpu(), held.texts.features.float().cpu()
-    candidates = {way: first[way].order[:, :k] for way in WAYS}
-    queries = torch.arange(len(held))[:, None]
-    image = torch.stack([queries.expand_as(candidates["i2t"]), candidates["t2i"]])
-    text = torch.stack([candidates["i2t"], queries.expand_as(candidates["t2i"])])
-    scores = held.match(image, text) + logit_scale.cpu() * (features[image] * texts[text]).sum(-1)
-    found = dict(zip(WAYS, scores, strict=True))
-    return {way: reordered(first[way].ranks, candidates[way], found[way], held.ids) for way in WAYS}
+    return logit_scale.cpu() * (features[image] * texts[text]).sum(-1)
+
+
+def rerank(
+    first: dict[str, Ranking], image: Tensor, text: Tensor, scores: Tensor, ids: Tensor
+) -> dict[str, Ranking]:  # fmt: skip
+    """The `candidates` of each query by `scores` `[2, N, k]`; those beyond keep their places.
+
+    Scores are sums over judges, contrast among them: the match logit alone forgets what the features know, because it
+    was learned on pairs that they find alike.
+
+    Source: Li et al. 2022 (BLIP), whose retrieval code adds score and match logit, unscaled.
+    """
+    answers = {"i2t": text[0], "t2i": image[1]}
+    return {w: reordered(first[w].ranks, answers[w], s, ids) for w, s in zip(WAYS, scores, strict=True)}
 
 
 def reordered(first: Tensor, candidates: Tensor, scores: Tensor, ids: Tensor) -> Ranking:

@@ -14,6 +14,8 @@ _RECALLS = (
     ("text to image", "retrieval/t2i_r{}"),
     ("image to text, re-ranked", "rerank/i2t_r{}"),
     ("text to image, re-ranked", "rerank/t2i_r{}"),
+    ("image to text, re-ranked by words too", "evidence/i2t_r{}"),
+    ("text to image, re-ranked by words too", "evidence/t2i_r{}"),
     ("image to text, late interaction", "late_interaction/i2t_r{}"),
     ("text to image, late interaction", "late_interaction/t2i_r{}"),
     ("chance", "retrieval/chance_r{}"),
@@ -22,6 +24,7 @@ _RECALLS = (
 OVER_STEPS = {
     "retrieval/r10": "R@10",
     "rerank/r10": "R@10, re-ranked",
+    "evidence/r10": "R@10, re-ranked by words too",
     "zeroshot/accuracy": "zero-shot",
     "itm/accuracy_hard": "matching, hard",
     "late_interaction/r10": "R@10, late interaction",

@@ -16,10 +16,11 @@ from ..evaluation import Evaluation
 __all__ = ["sheet"]
 
 _ROWS, _BEST = 6, 5
+_BY = {"retrieval": "by the features", "rerank": "re-ranked", "evidence": "re-ranked by words too"}
 
 
 def sheet(evaluation: Evaluation, way: str) -> bytes:
-    """Queries and their best answers by the features and, below, by matching; right ones have a green frame.
+    """Queries and their best answers by the features and, below, re-ranked; right ones have a green frame.
 
     Queries are spread over the ranks of their right answer, good and bad alike.
 
@@ -40,7 +41,7 @@ def sheet(evaluation: Evaluation, way: str) -> bytes:
             if kind == "retrieval":
                 _cell(row[0], pairs, query, picture=way == "i2t", frame="#8c959f")
             said = f"right one at rank {int(ranking.ranks[query]) + 1:,}"
-            _note(row[1], f"{'by the features' if kind == 'retrieval' else 're-ranked'}: {said}", 1.05, fontsize=7.5)
+            _note(row[1], f"{_BY[kind]}: {said}", 1.05, fontsize=7.5)
             for axis, answer in zip(row[1:], ranking.order[query, :_BEST].tolist(), strict=False):
                 right = bool(evaluation.ids[answer] == evaluation.ids[query])
                 _cell(axis, pairs, answer, picture=way == "t2i", frame=RIGHT if right else None)

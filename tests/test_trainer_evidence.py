@@ -1,0 +1,118 @@
+"""Re-ranking by what a caption's words say: against slower ways to the same, and on a model that knows the words."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from evaluation_cases import CONFIG, CPU, Oracle, data, judged, real
+
+from fastvlm_loss.trainer.config import EvaluationConfig
+from fastvlm_loss.trainer.evaluation import evidence as module
+from fastvlm_loss.trainer.evaluation.evidence import evidence
+from fastvlm_loss.trainer.evaluation.held import encode
+
+WANTED = replace(CONFIG, evaluation=EvaluationConfig(rerank=4, evidence=8))
+FIGURES = {f"evidence/{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)} | {"evidence/r10"}
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.no_grad():
+        yield
+
+
+def encoded(model, samples):
+    return encode(model, data().tokenizer, data().collate, samples, CPU)
+
+
+def test_halves_cover_every_word_once():
+    held = encoded(real().eval(), data().held(30))
+    first, second = module._halves(held, torch.Generator().manual_seed(3))
+    words = held.batch["mask"] & (held.batch["word"] >= 0)
+    assert torch.equal(first | second, words) and not (first & second).any()
+    assert ((second.sum(1) - first.sum(1)) - words.sum(1) % 2 == 0).all(), "as many in each as can be"
+    again = module._halves(held, torch.Generator().manual_seed(3))
+    other = module._halves(held, torch.Generator().manual_seed(4))
+    assert torch.equal(first, again[0]) and not torch.equal(first, other[0])
+
+
+def test_a_likelihood_is_the_sum_of_dense_log_probabilities():
+    held = encoded(real().eval(), data().held(30))
+    hidden, _ = module._halves(held, torch.Generator().manual_seed(0))
+    image, text = torch.tensor([4, 4, 29, 0]), torch.tensor([4, 7, 3, 3])
+    found = module._likelihood(held, image, text, hidden)
+    weight, bias = held.model("vocabulary")
+    for i, t, value in zip(image.tolist(), text.tolist(), found.tolist(), strict=True):
+        one = slice(t, t + 1)
+        tokens = held.batch["tokens"][one].masked_fill(hidden[one], held.tokenizer.mask_id)
+        fused = held.fuse(tokens, held.batch["mask"][one], None, torch.tensor([i]))[0]
+        logs = (held.model("words", fused) @ weight.T + bias).log_softmax(1)
+        wanted = logs.gather(1, held.batch["tokens"][one].T)[hidden[t]].sum().item()
+        assert value == pytest.approx(wanted, abs=1e-4)
+
+
+def test_evidence_is_a_likelihood_in_deviations_from_that_of_other_pictures():
+    held = encoded(real().eval(), data().held(30))
+    image, text = torch.tensor([[0, 3, 29], [3, 0, 7]]), torch.tensor([[5, 3, 0], [3, 5, 29]])
+    found = evidence(held, image, text, 16, seed=2)
+    generator = torch.Generator().manual_seed(2)
+    others = torch.randint(30, (16, 30), generator=generator)
+    hidden = module._halves(held, generator)
+
+    def whole(i, t):
+        return sum(module._likelihood(held, i.reshape(1), t.reshape(1), half) for half in hidden).item()
+
+    for i, t, value in zip(image.flatten(), text.flatten(), found.flatten().tolist(), strict=True):
+        usual = torch.tensor([whole(other, t) for other in others[:, t]])
+        wanted = (whole(i, t) - usual.mean()) / (usual.std() + module._FLOOR)
+        assert value == pytest.approx(wanted.item(), abs=2e-3)
+    assert torch.equal(found, evidence(held, image, text, 16, seed=2))
+    part = evidence(held, image[:, :1], text[:, :1], 16, seed=2)
+    assert torch.allclose(part, found[:, :1], atol=1e-4), "whatever else is asked for"
+
+
+def test_words_find_what_features_forgot():
+    """Features of some samples are lost, their words are not: the candidates' order is that of the words."""
+    samples = []
+    for sample in data().held(40):  # a caption that begins another one fits that one's picture as well
+        if not any(a.caption.startswith(b.caption) for s in samples for a, b in ((s, sample), (sample, s))):
+            samples.append(sample)
+    samples = samples[:8]
+
+    class Forgetful(Oracle):
+        def _features(self, numbers):
+            return torch.ones(len(numbers), 4) / 2
+
+    model = Forgetful(samples)
+    wanted = replace(CONFIG, evaluation=EvaluationConfig(rerank=8, evidence=64))
+    found = judged(model, samples, wanted, ("itc", "mlm")).figures
+    assert found["retrieval/i2t_r1"] == found["retrieval/t2i_r1"] == 0, "all are level"
+    assert found["evidence/t2i_r1"] == 100 and found["evidence/i2t_r1"] >= 75
+
+
+@pytest.mark.parametrize(
+    ("tasks", "there"),
+    [(("itc", "mlm"), True), (("itc", "itm", "mlm"), True), (("itc", "itm"), False), (("mlm",), False)],
+)
+def test_there_is_evidence_where_there_are_masked_words_and_it_is_wanted(tasks, there):
+    samples = data().held(12)
+    figures = judged(real(), samples, WANTED, tasks).figures
+    assert {name for name in figures if name.startswith("evidence")} == (FIGURES if there else set())
+    assert not any(name.startswith("evidence") for name in judged(real(), samples, CONFIG, tasks).figures)
+
+
+def test_evidence_of_odd_captions_is_finite():
+    samples = data().held(4)
+    odd = [samples[0], replace(samples[1], caption=""), replace(samples[2], caption="gramastar"), samples[3]]
+    held = encoded(real().eval(), odd)
+    own = torch.arange(4)
+    found = evidence(held, own, own, 4, seed=0)
+    assert found.isfinite().all() and found[1] == 0, "no words, no evidence"
+    assert evidence(encoded(real().eval(), odd[:1]), own[:1], own[:1], 2, seed=0) == 0, "one picture is like itself"
+
+
+def test_evidence_of_one_picture_is_refused():
+    with pytest.raises(ValueError, match=r"evaluation\.evidence: got 1, wanted 0 or at least 2"):
+        EvaluationConfig(evidence=1)
+    with pytest.raises(ValueError, match=r"evaluation\.rerank"):
+        EvaluationConfig(rerank=-1)
