@@ -238,8 +238,6 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         for name in ("every", "limit", "rerank", "evidence"):
             check.whole(f"evaluation.{name}", getattr(self, name), low=0)
-        if self.evidence == 1:
-            raise ValueError("evaluation.evidence: got 1, wanted 0 or at least 2 pictures, of which a spread is taken")
 
 
 @dataclass(frozen=True)
