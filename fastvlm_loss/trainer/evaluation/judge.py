@@ -17,7 +17,7 @@ from ..parallel import unwrapped
 from ..step import autocast, logit_scale
 from ..text import Tokenizer
 from .captions import Caption, captions, some_captions
-from .evidence import evidence
+from .evidence import WEIGHT, evidence
 from .held import Held, encode
 from .looking import Look, Picks, looks, picks
 from .matching import hard, near
@@ -135,7 +135,7 @@ def _ranked(
             scores = scores + held.match(*pairs)
             rankings["rerank"] = rerank(rankings["retrieval"], *pairs, scores, held.ids)
         if "mlm" in tasks and wanted.evidence:
-            scores = scores + evidence(held, *pairs, wanted.evidence, config.seed)
+            scores = scores + WEIGHT * evidence(held, *pairs, wanted.evidence, config.seed)
             rankings["evidence"] = rerank(rankings["retrieval"], *pairs, scores, held.ids)
     return {name: value for kind, found in rankings.items() for name, value in recalls(found, kind).items()}, rankings
 
