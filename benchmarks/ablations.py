@@ -24,7 +24,7 @@ __all__ = ["EXPERIMENTS", "Experiment", "block", "main", "markdown"]
 
 ROOT = Path(__file__).parents[1]
 RESULTS = store.RESULTS / "trainer"
-R10, RERANKED = "retrieval/r10", "rerank/r10"
+R10 = "retrieval/r10"
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,11 @@ EXPERIMENTS = {
             "ITC + ITM + MLM": (),
             "ITC alone": ("--weights", "{itc: 1.0}"),
         },
-        {"R@1": "retrieval/i2t_r1", "R@10": R10, "re-ranked R@1": "rerank/i2t_r1", "re-ranked R@10": RERANKED},
+        {
+            "R@1 image to text": "retrieval/i2t_r1", "text to image": "retrieval/t2i_r1", "R@10": R10,
+            "re-ranked R@1": "evidence/i2t_r1", "re-ranked text to image": "evidence/t2i_r1",
+            "re-ranked R@10": "evidence/r10", "R@10, re-ranked by matching alone": "rerank/r10",
+        },
         "Real pairs: do matching and re-ranking help retrieval?",
     ),
     "shapes": Experiment(
