@@ -8,7 +8,9 @@ from evaluation_cases import CONFIG, TASKS, Oracle, data, judged, real
 
 from fastvlm_loss.trainer.config import EvaluationConfig
 
-RETRIEVAL = {f"retrieval/{way}_r{k}" for way in ("i2t", "t2i", "chance") for k in (1, 5, 10)} | {"retrieval/r10"}
+RETRIEVAL = {f"retrieval/chance_r{k}" for k in (1, 5, 10)}
+for kind in ("retrieval", "csls"):
+    RETRIEVAL |= {f"{kind}/{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)} | {f"{kind}/r10"}
 FIGURES = {
     "itc": RETRIEVAL | {"zeroshot/accuracy", "zeroshot/colour", "zeroshot/shape", "zeroshot/chance"},
     "itm": {"itm/accuracy_hard", "itm/accuracy_distractors"},

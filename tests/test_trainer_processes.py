@@ -41,7 +41,7 @@ SMALL = {
         "local": ["multiscale", "late_interaction"],
     },
     "checkpoint": {"every": 1, "keep": 2},
-    "evaluation": {"limit": 12, "rerank": 4},
+    "evaluation": {"limit": 12, "rerank": 4, "evidence": 4},
     "optimizer": {"lr": 0.003},
 }
 TRAIN = [sys.executable, "-m", "fastvlm_loss.trainer"]

@@ -117,11 +117,11 @@ class TwoTowers(nn.Module):
 
 
 def fast_bf16(device: torch.device) -> bool:
-    """Whether bf16 products are worth it: on GPUs, and on CPUs with instructions for them (AVX-512 alone has none)."""
-    if device.type != "cpu":
-        return True
+    """Whether the device has instructions for bf16 products: GPUs from Ampere on; of CPUs AVX-512 alone has none."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "sve_bf16"))
+    return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
 
 
 def _autocast(device: torch.device) -> torch.autocast:

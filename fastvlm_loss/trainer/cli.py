@@ -42,7 +42,10 @@ def parse(arguments: list[str] | None = None) -> Arguments:
     parser.add_argument("--eval", action="store_true", help="evaluate the newest checkpoint in output, and stop")
     parser.add_class_arguments(Config, None)
     given = parser.parse_args(arguments)
-    built = vars(parser.instantiate(given) if hasattr(parser, "instantiate") else parser.instantiate_classes(given))
+    try:  # classes that look at their values say what is wrong themselves
+        built = vars(parser.instantiate(given) if hasattr(parser, "instantiate") else parser.instantiate_classes(given))
+    except (TypeError, ValueError) as error:
+        parser.error(str(error))
     fields = {f.name: built[f.name] for f in dataclasses.fields(Config)}
     config = Config(**fields)
     if built["eval"]:

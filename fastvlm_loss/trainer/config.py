@@ -226,8 +226,11 @@ class EvaluationConfig:
         every: steps; 0 for the end alone.
         limit: held-out pairs at most.
         rerank: candidates of each query that are put into a new order; 0 for none.
-        evidence: other pictures that each candidate's words are read beside, to put the candidates into an order by
-            contrast, matching and masked words together; 0 for none. That takes several times as long as matching.
+        evidence: pictures that each caption's words are read beside, so that masked words can re-rank the candidates,
+            too; 0 for none. That takes several times as long as matching.
+
+    Raises:
+        TypeError, ValueError: a number below 0, or evidence for no candidates.
     """
 
     every: int = 0
@@ -238,6 +241,8 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         for name in ("every", "limit", "rerank", "evidence"):
             check.whole(f"evaluation.{name}", getattr(self, name), low=0)
+        if self.evidence and not self.rerank:
+            raise ValueError(f"evaluation.evidence: got {self.evidence} beside rerank=0, wanted candidates to re-rank")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from ..data.batch import ROUND, Collator
 from ..data.samples import Sample, caption_id
 from ..text import Tokenizer
 
-__all__ = ["ROWS", "Held", "Model", "Texts", "encode", "encode_texts", "top"]
+__all__ = ["ROWS", "Held", "Model", "Texts", "encode", "encode_texts", "spread", "top"]
 
 Model = Callable[..., Any]
 ROWS = 256  # pictures, texts or pairs in one call of the model
@@ -77,9 +77,9 @@ class Held:
             difference: Tensor = logits[:, 1] - logits[:, 0]
             return difference
 
-        return self.judged(image, text, texts, judge)
+        return self.of_pairs(image, text, texts, judge)
 
-    def judged(self, image: Tensor, text: Tensor, texts: Texts, judge: Callable[..., Tensor]) -> Tensor:
+    def of_pairs(self, image: Tensor, text: Tensor, texts: Texts, judge: Callable[..., Tensor]) -> Tensor:
         """What `judge(fused [n, T, W], image [n], text [n])`, fp32 `[n]`, says of pairs, on the CPU.
 
         A pair that is asked for twice is fused once; texts of like length go together, so that they are padded little.
@@ -150,3 +150,9 @@ def top(held: Held, rows: Tensor) -> Tensor:
     """The likeliest token, int64 `[r]` on the CPU, for fused states `[r, W]`."""
     found = [logits(held, part).argmax(1).cpu() for part in rows.split(16 * ROWS)]
     return torch.cat(found)
+
+
+def spread(count: int, few: int) -> Tensor:
+    """Up to `few` numbers below `count`, at even steps, int64."""
+    few = min(few, count)
+    return (torch.arange(few) + 0.5).mul(count / few).long()

@@ -18,12 +18,12 @@ from ..step import autocast, logit_scale
 from ..text import Tokenizer
 from .captions import Caption, captions, some_captions
 from .evidence import WEIGHT, evidence
-from .held import Held, encode
+from .held import Held, encode, spread
 from .looking import Look, Picks, looks, picks
 from .matching import hard, near
 from .patches import late_interaction, multiscale
 from .questions import Answer, questions, some_answers
-from .retrieval import Ranking, candidates, contrast, guessed, rank, recalls, rerank
+from .retrieval import Ranking, candidates, contrast, csls, guessed, rank, recalls, rerank
 from .titles import table
 from .words import words
 from .zeroshot import zeroshot
@@ -44,7 +44,7 @@ class Evaluation:
         config, samples: of the evaluation.
         ids: int64 `[N]`; equal captions have equal ids.
         images, texts: fp32 `[N, D]`, the features, on the CPU.
-        rankings: `retrieval`, `rerank` and `evidence`, each by `i2t` and `t2i`.
+        rankings: `retrieval`, `csls`, `rerank` and `evidence`, each by `i2t` and `t2i`.
         picks, looks, captions, answers: examples, of the objectives that the run has.
     """
 
@@ -91,7 +91,7 @@ def evaluate(
     )  # fmt: skip
     with _judged(model), autocast(device, precision):
         found = encode(model, tokenizer, collate, held, device)
-        shown = _spread(len(found))
+        shown = spread(len(found), _SHOWN)
         choices = unwrapped(model).config.answers if config.vqa.kind == "classification" else ()
         figures, rankings = _ranked(found, config, tasks)
         if {"itc", "late_interaction"} & set(tasks):
@@ -125,25 +125,20 @@ def _ranked(
 ) -> tuple[dict[str, float], dict[str, dict[str, Ranking]]]:
     if "itc" not in tasks:
         return {}, {}
-    wanted = config.evaluation
-    k = wanted.rerank if {"itm", "mlm"} & set(tasks) else 0
-    rankings = {"retrieval": rank(held, max(k, _LISTED))}
-    if k:
-        pairs = candidates(rankings["retrieval"], k)
-        scores = contrast(held, *pairs, logit_scale(held.model))
-        if "itm" in tasks:
-            scores = scores + held.match(*pairs)
-            rankings["rerank"] = rerank(rankings["retrieval"], *pairs, scores, held.ids)
-        if "mlm" in tasks and wanted.evidence:
-            scores = scores + WEIGHT * evidence(held, *pairs, wanted.evidence, config.seed)
-            rankings["evidence"] = rerank(rankings["retrieval"], *pairs, scores, held.ids)
+    wanted, scale = config.evaluation, logit_scale(held.model)
+    shown = max(wanted.rerank, _LISTED)
+    rankings = {"retrieval": rank(held, shown), "csls": csls(held, shown)}
+    if wanted.rerank and "itm" in tasks:
+        pairs = candidates(rankings["retrieval"], wanted.rerank)
+        scores = contrast(held, *pairs, scale) + held.match(*pairs)
+        rankings["rerank"] = rerank(rankings["retrieval"], *pairs, scores, held.ids)
+    if wanted.evidence and "mlm" in tasks:
+        pairs = candidates(rankings["csls"], wanted.rerank)
+        scores = contrast(held, *pairs, scale, hubs=False) + WEIGHT * evidence(
+            held, *pairs, wanted.evidence, config.seed
+        )
+        rankings["evidence"] = rerank(rankings["csls"], *pairs, scores, held.ids)
     return {name: value for kind, found in rankings.items() for name, value in recalls(found, kind).items()}, rankings
-
-
-def _spread(count: int) -> Tensor:
-    """A few numbers below `count`, at even steps."""
-    few = min(_SHOWN, count)
-    return (torch.arange(few) + 0.5).mul(count / few).long()
 
 
 @contextmanager

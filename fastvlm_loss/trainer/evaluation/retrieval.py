@@ -1,4 +1,4 @@
-"""Retrieval both ways by the features, and with the best candidates in the order that matching gives them."""
+"""Retrieval both ways: by the features, with hubs held back, and with the best candidates in another judge's order."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from torch import Tensor
 from ...demo.evaluation import KS, before, chance, ranks
 from .held import ROWS, Held
 
-__all__ = ["Ranking", "candidates", "contrast", "rank", "recalls", "rerank"]
+__all__ = ["Ranking", "candidates", "contrast", "csls", "rank", "recalls", "rerank"]
 
 WAYS = ("i2t", "t2i")  # a picture asks for texts; a text asks for pictures
+NEIGHBOURS = 10  # as published
 
 
 @dataclass(frozen=True)
@@ -30,13 +31,21 @@ class Ranking:
 
 def rank(held: Held, shown: int) -> dict[str, Ranking]:
     """By the products of features, in each of `WAYS`; `shown` best answers of each query are kept."""
-    images, texts = held.features.float().cpu(), held.texts.features.float().cpu()
-    found = {}
-    for way, queries, gallery in (("i2t", images, texts), ("t2i", texts, images)):
-        k = min(shown, len(gallery))
-        with torch.autocast("cpu", enabled=False):  # scores in bf16 tie
-            order = torch.cat([(part @ gallery.T).topk(k).indices for part in queries.split(ROWS)])
-            found[way] = Ranking(ranks(queries, gallery, held.ids), order)
+    images, texts = _features(held)
+    return {way: _ranked(*ask, held.ids, shown) for way, ask in _ways(images, texts).items()}
+
+
+def csls(held: Held, shown: int) -> dict[str, Ranking]:
+    """As `rank`, each answer's score less half the mean of its `NEIGHBOURS` best ones: one that suits all stands back.
+
+    The other queries of the gallery are known to it, their answers are not.
+
+    Source: Conneau et al. 2018 (word translation without parallel data), equation 3 (CSLS).
+    """
+    found, one = {}, torch.ones(len(held), 1)
+    for way, (queries, gallery) in _ways(*_features(held)).items():
+        ask = torch.cat([queries, one], 1), torch.cat([gallery, -_hubness(queries, gallery)[:, None]], 1)
+        found[way] = _ranked(*ask, held.ids, shown)
     return found
 
 
@@ -47,10 +56,15 @@ def candidates(first: dict[str, Ranking], k: int) -> tuple[Tensor, Tensor]:
     return torch.stack([queries, answers["t2i"]]), torch.stack([answers["i2t"], queries])
 
 
-def contrast(held: Held, image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
-    """Scores fp32 of pairs by their features."""
-    features, texts = held.features.float().cpu(), held.texts.features.float().cpu()
-    return logit_scale.cpu() * (features[image] * texts[text]).sum(-1)
+def contrast(held: Held, image: Tensor, text: Tensor, logit_scale: Tensor, hubs: bool = True) -> Tensor:
+    """Scores fp32 of pairs `[2, N, k]` by their features; without `hubs` as `csls` counts them."""
+    images, texts = _features(held)
+    found = []
+    for i, t, answer, ask in zip(image, text, (text[0], image[1]), _ways(images, texts).values(), strict=True):
+        parts = zip(i.split(ROWS), t.split(ROWS), strict=True)
+        scores = torch.cat([(images[a] * texts[b]).sum(-1) for a, b in parts])
+        found.append(scores if hubs else scores - _hubness(*ask)[answer])
+    return logit_scale.cpu() * torch.stack(found)
 
 
 def rerank(
@@ -65,6 +79,29 @@ def rerank(
     """
     answers = {"i2t": text[0], "t2i": image[1]}
     return {w: reordered(first[w].ranks, answers[w], s, ids) for w, s in zip(WAYS, scores, strict=True)}
+
+
+def _features(held: Held) -> tuple[Tensor, Tensor]:
+    return held.features.float().cpu(), held.texts.features.float().cpu()
+
+
+def _ways(images: Tensor, texts: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Queries and gallery of each way."""
+    return dict(zip(WAYS, ((images, texts), (texts, images)), strict=True))
+
+
+def _ranked(queries: Tensor, gallery: Tensor, ids: Tensor, shown: int) -> Ranking:
+    k = min(shown, len(gallery))
+    with torch.autocast("cpu", enabled=False):  # scores in bf16 tie
+        order = torch.cat([(part @ gallery.T).topk(k).indices for part in queries.split(ROWS)])
+        return Ranking(ranks(queries, gallery, ids), order)
+
+
+def _hubness(queries: Tensor, gallery: Tensor) -> Tensor:
+    """Half the mean of the best scores of each of the gallery, fp32 `[N]`."""
+    k = min(NEIGHBOURS, len(queries))
+    with torch.autocast("cpu", enabled=False):
+        return torch.cat([(part @ queries.T).topk(k).values.mean(1) / 2 for part in gallery.split(ROWS)])
 
 
 def reordered(first: Tensor, candidates: Tensor, scores: Tensor, ids: Tensor) -> Ranking:

@@ -12,10 +12,12 @@ Line = tuple[str, list[float]]
 _RECALLS = (
     ("image to text", "retrieval/i2t_r{}"),
     ("text to image", "retrieval/t2i_r{}"),
-    ("image to text, re-ranked", "rerank/i2t_r{}"),
-    ("text to image, re-ranked", "rerank/t2i_r{}"),
-    ("image to text, re-ranked by words too", "evidence/i2t_r{}"),
-    ("text to image, re-ranked by words too", "evidence/t2i_r{}"),
+    ("image to text, re-ranked by matching", "rerank/i2t_r{}"),
+    ("text to image, re-ranked by matching", "rerank/t2i_r{}"),
+    ("image to text, CSLS", "csls/i2t_r{}"),
+    ("text to image, CSLS", "csls/t2i_r{}"),
+    ("image to text, CSLS, re-ranked by words", "evidence/i2t_r{}"),
+    ("text to image, CSLS, re-ranked by words", "evidence/t2i_r{}"),
     ("image to text, late interaction", "late_interaction/i2t_r{}"),
     ("text to image, late interaction", "late_interaction/t2i_r{}"),
     ("chance", "retrieval/chance_r{}"),
@@ -23,8 +25,9 @@ _RECALLS = (
 # the figures that a report follows over the steps
 OVER_STEPS = {
     "retrieval/r10": "R@10",
-    "rerank/r10": "R@10, re-ranked",
-    "evidence/r10": "R@10, re-ranked by words too",
+    "rerank/r10": "R@10, re-ranked by matching",
+    "csls/r10": "R@10, CSLS",
+    "evidence/r10": "R@10, CSLS, re-ranked by words",
     "zeroshot/accuracy": "zero-shot",
     "itm/accuracy_hard": "matching, hard",
     "late_interaction/r10": "R@10, late interaction",

@@ -16,7 +16,7 @@ from ..evaluation import Evaluation
 __all__ = ["sheet"]
 
 _ROWS, _BEST = 6, 5
-_BY = {"retrieval": "by the features", "rerank": "re-ranked", "evidence": "re-ranked by words too"}
+_BY = {"retrieval": "by the features", "rerank": "re-ranked by matching", "evidence": "re-ranked by words"}
 
 
 def sheet(evaluation: Evaluation, way: str) -> bytes:
@@ -28,7 +28,7 @@ def sheet(evaluation: Evaluation, way: str) -> bytes:
         way: `i2t`, a picture asks for texts, or `t2i`.
     """
     pairs = _pairs(evaluation.samples)
-    found = {kind: rankings[way] for kind, rankings in evaluation.rankings.items()}
+    found = {kind: rankings[way] for kind, rankings in evaluation.rankings.items() if kind in _BY}
     queries = spread(found["retrieval"].ranks, min(_ROWS // len(found), len(pairs)))
     rows = len(queries) * len(found)
     figure, axes = _canvas(rows, 1 + _BEST, (8, 1.42 * rows + 0.3), plain=True)
