@@ -57,8 +57,8 @@ EXPERIMENTS = {
         },
         {
             "R@1": "retrieval/r1", "R@10": R10, "R@1, CSLS": "csls/r1", "R@10, CSLS": "csls/r10",
-            "R@1, CSLS and words": "evidence/r1", "R@10, CSLS and words": "evidence/r10",
-            "R@1, and matching": "rerank/r1", "R@10, and matching": "rerank/r10",
+            "R@1, CSLS, words": "evidence/r1", "R@10, CSLS, words": "evidence/r10",
+            "R@1, matching": "rerank/r1", "R@10, matching": "rerank/r10",
         },
         "Real pairs: do matching and re-ranking help retrieval?",
     ),
