@@ -89,11 +89,13 @@ def test_hubs_stand_back_by_brute_force():
         assert torch.equal(found.order, order[:, :6])
         right = held.ids[order] == held.ids[:, None]
         assert torch.equal(found.ranks, right.int().argmax(1)), "nothing ties"
-        if way == "i2t":
-            hub = (torch.arange(30)[:, None], found.order)
-            pairs = [torch.stack([side.expand(30, 6)] * 2) for side in hub]
-            near = retrieval.contrast(held, *pairs, torch.tensor(3.0), hubs=False)[0]
-            assert torch.allclose(near, 3 * adjusted.gather(1, found.order), atol=1e-5)
+        query, answer = torch.arange(30)[:, None].expand(30, 6), found.order
+        image, text = (query, answer) if way == "i2t" else (answer, query)
+        row = ("i2t", "t2i").index(way)
+        near = retrieval.contrast(
+            held, torch.stack([image] * 2), torch.stack([text] * 2), torch.tensor(3.0), hubs=False
+        )
+        assert torch.allclose(near[row], 3 * adjusted.gather(1, answer), atol=1e-5)
 
 
 def test_candidates_are_scored_by_contrast_without_hubs_and_words(monkeypatch):
